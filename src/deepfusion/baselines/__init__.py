@@ -1,0 +1,1 @@
+"""References that every result stands beside."""

@@ -1,0 +1,102 @@
+"""What every result stands beside: plain training on the same text at equal server compute, and training on everything.
+
+`pooled_text`: a MoE of copies of the base, plain cross-entropy on exactly the transfer text. `pooled_text_dense`: the dense base,
+the same. `dense_kd`: the dense base under the joint stage's objective, with all of the budget. `centralized`: the MoE on all
+private text, which no federation could do, until held-out text no longer improves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from deepfusion import checkpoints
+from deepfusion.artifacts import Checkpoint, Corpus, Teaching, TransferSet
+from deepfusion.config import DistillPhase, EvaluatePhase, LogitsObjective, Runtime
+from deepfusion.data.batches import Tokenizer, lessons
+from deepfusion.data.documents import Document, read_jsonl
+from deepfusion.phases.distill import distill
+from deepfusion.students import learn, tokens_within, transfer_lessons
+
+PLAIN = LogitsObjective(beta=0)
+CENTRAL_CHECKS = 20
+
+
+def pooled_text(
+    model: Checkpoint,
+    transfer: TransferSet,
+    teachings: Sequence[Teaching],
+    config: DistillPhase,
+    *,
+    budget: float,
+    balance: float,
+    seed: int,
+    into: Path,
+    runtime: Runtime,
+) -> Checkpoint:
+    """Plain cross-entropy on exactly the transfer text, dense or MoE; asking teachers counts as budget not spent."""
+    budget += sum(teaching.work.token_parameters for teaching in teachings)
+    text = transfer_lessons(model, transfer, (), config.training)
+    return learn(
+        model,
+        text,
+        PLAIN,
+        config.training,
+        tokens=tokens_within(budget, model),
+        balance=balance,
+        seed=seed,
+        into=into,
+        runtime=runtime,
+    )
+
+
+def dense_kd(
+    base: Checkpoint,
+    transfer: TransferSet,
+    teachings: Sequence[Teaching],
+    config: DistillPhase,
+    *,
+    budget: float,
+    seed: int,
+    into: Path,
+    runtime: Runtime,
+) -> Checkpoint:
+    """The joint stage with the whole budget: what a dense student of equal active size makes of the same teachers."""
+    return distill(base, transfer, teachings, config, budget=budget, seed=seed, into=into, runtime=runtime)
+
+
+def centralized(
+    moe: Checkpoint,
+    corpus: Corpus,
+    distilling: DistillPhase,
+    config: EvaluatePhase,
+    *,
+    balance: float,
+    seed: int,
+    into: Path,
+    runtime: Runtime,
+) -> Checkpoint:
+    """The MoE of base copies on all devices' text and the public text, to convergence on held-out text."""
+    tokenizer = Tokenizer(checkpoints.open_tokenizer(moe.folder))
+    documents = {
+        document.text: document
+        for device in corpus.devices
+        for document in read_jsonl(corpus.private(device.id), Document)
+    }
+    for document in read_jsonl(corpus.public, Document):
+        documents.setdefault(document.text, document)
+    text = lessons(documents.values(), tokenizer, distilling.training)
+    heldout = lessons(read_jsonl(corpus.heldout, Document), tokenizer, distilling.training)
+    return learn(
+        moe,
+        text,
+        PLAIN,
+        distilling.training,
+        tokens=config.centralized_tokens,
+        balance=balance,
+        heldout=heldout,
+        patience=config.patience,
+        seed=seed,
+        into=into,
+        runtime=runtime,
+    )

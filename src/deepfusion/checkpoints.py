@@ -1,0 +1,244 @@
+"""Hugging Face checkpoint folders: opened, saved, checked and told apart. Nothing here runs code from a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import logging
+
+from deepfusion.artifacts import MANIFEST, RECORD, Checkpoint, Work, file_digest
+from deepfusion.families import family, skeleton
+from deepfusion.families.make import END, make_model, make_tokenizer
+from deepfusion.weights import INDEX, index, shapes, tensors
+
+__all__ = [
+    "END",
+    "as_checkpoint",
+    "copy_description",
+    "index",
+    "lineage",
+    "make_model",
+    "make_tokenizer",
+    "open_config",
+    "open_model",
+    "open_tokenizer",
+    "parameters",
+    "save_model",
+    "shapes",
+    "tensors",
+    "tokenizer_fingerprint",
+    "validate",
+]
+
+_TRAINABLE = {torch.float32, torch.float16, torch.bfloat16}
+# Config fields that say how a model is run or who wrote it, not which function its weights stand for.
+_NOT_ARCHITECTURE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Keep transformers from drawing bars and chatting while it reads or writes a folder; errors are raised as ever."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def open_config(folder: Path) -> PreTrainedConfig:
+    """Read `config.json`.
+
+    Raises:
+        ValueError: it is missing, unreadable, or of an unsupported model type.
+    """
+    path = folder / "config.json"
+    try:
+        fields: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is not a checkpoint: it has no config.json") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    family(str(fields.get("model_type")), folder)
+    try:
+        with _quiet():
+            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the fields come from elsewhere, and transformers raises many kinds of error over them
+        raise ValueError(f"{path} is not a valid config: {' '.join(str(error).split())}") from error
+
+
+def open_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a checkpoint for inference (`eval` mode), with transformers' SDPA attention where the family has it.
+
+    Raises:
+        ValueError: no supported checkpoint, or its tensors are not those its config asks for.
+    """
+    config = open_config(folder)
+    index(folder)
+    with _quiet():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    model, told = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
+    for kind in ("missing_keys", "mismatched_keys"):
+        if told[kind]:
+            raise ValueError(f"{folder}: {kind.replace('_', ' ')}: {', '.join(map(str, sorted(told[kind])))}")
+    return model.eval()
+
+
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Load a checkpoint's tokenizer exactly as its `tokenizer.json` says.
+
+    `AutoTokenizer` rebuilds the tokenizers of some model types (qwen2) with a normaliser and word pattern of its own,
+    and would so cut text differently from how the model was trained.
+
+    Raises:
+        ValueError: the folder has none, or one without an end token.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"{folder} has no tokenizer.json")
+    try:
+        with _quiet():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare exceptions over broken files
+        raise ValueError(f"{folder} has no usable tokenizer: {' '.join(str(error).split())}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer in {folder} has no end token (eos_token in tokenizer_config.json)")
+    for key in ("is_local", "local_files_only"):  # how it was opened, not what it is
+        tokenizer.init_kwargs.pop(key, None)
+    return tokenizer
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a checkpoint; equal models give equal bytes."""
+    # What the last call padded or cut to would otherwise be saved.
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    with _quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def copy_description(source: Path, target: Path) -> None:
+    """Copy what a checkpoint folder holds beside weights: config, generation config, tokenizer."""
+    for path in sorted(source.iterdir()):
+        weights = path.suffix not in {".json", ".jinja", ".txt", ".model"} or path.name == INDEX
+        if path.is_file() and not weights and not path.name.startswith(".") and path.name not in (RECORD, MANIFEST):
+            (target / path.name).write_bytes(path.read_bytes())
+
+
+def parameters(model: PreTrainedModel | Path) -> int:
+    """Number of weights of a model, or stored in a folder; tied ones count once."""
+    if isinstance(model, Path):
+        return sum(math.prod(shape) for _, shape in shapes(model).values())
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def validate(folder: Path) -> None:
+    """Make sure that a folder from elsewhere is a checkpoint that opens, averages and assembles; one tensor in memory.
+
+    Raises:
+        ValueError: names the folder or tensor at fault: no config or safetensors, an unsupported model type, tensors
+            missing, unknown or of other shapes than the config's, or values that are not finite.
+    """
+    config, held = open_config(folder), shapes(folder)
+    layers = config.num_hidden_layers
+    if not 0 < layers <= len(held):  # or building the skeleton could take for ever
+        raise ValueError(f"{folder}: config.json claims {layers} layers, but there are {len(held)} tensors")
+    try:
+        model = skeleton(config)
+    except Exception as error:  # the fields come from elsewhere, and any of them can be impossible
+        raise ValueError(f"{folder}/config.json describes no model: {' '.join(str(error).split())}") from error
+    expected, needed, ignored = _expected(model)
+    seen: set[str] = set()
+    for name, (dtype, shape) in held.items():
+        # Checkpoints of a model without its head leave out the prefix.
+        full = name if name in expected else f"{model.base_model_prefix}.{name}"
+        if full in expected:
+            seen.add(full)
+            if shape != expected[full]:
+                raise ValueError(f"{folder}: tensor {name} has shape {shape} instead of {expected[full]}")
+            if dtype not in _TRAINABLE:
+                raise ValueError(f"{folder}: tensor {name} is {dtype}: save it as float32, float16 or bfloat16")
+        elif not any(re.search(pattern, name) for pattern in ignored):
+            raise ValueError(f"{folder}: a {config.model_type} model has no tensor {name}")
+    if missing := sorted(needed - seen):
+        raise ValueError(f"{folder}: tensor {missing[0]} is missing")
+    for name, tensor in tensors(folder):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{folder}: tensor {name} holds NaN or infinity")
+
+
+def _expected(model: PreTrainedModel) -> tuple[dict[str, tuple[int, ...]], set[str], list[str]]:
+    """A skeleton's tensors on disk: shape by name, the names that must be there, and patterns of names to pass over."""
+    state = model.state_dict()
+    on_disk = revert_weight_conversion(model, state)
+    tied: set[str] = set(getattr(model, "all_tied_weights_keys", {}))
+    needed = revert_weight_conversion(model, {name: tensor for name, tensor in state.items() if name not in tied})
+    ignored = [r"rotary_emb\.inv_freq$"]
+    for part in model.modules():
+        ignored += getattr(part, "_keys_to_ignore_on_load_unexpected", None) or []
+    return {name: tuple(tensor.shape) for name, tensor in on_disk.items()}, set(needed), ignored
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 over all that decides how text is cut: vocabulary, merges, normaliser, special tokens."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content.update(padding=None, truncation=None)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def lineage(config: PreTrainedConfig, tokenizer: str, ancestor: str) -> str:
+    """A readable name for architecture (whose config fixes all shapes) + tokenizer fingerprint + ancestor's digest."""
+    fields = {key: value for key, value in config.to_dict().items() if key not in _NOT_ARCHITECTURE}
+    whole = json.dumps([fields, tokenizer, ancestor], sort_keys=True, default=str)
+    short = hashlib.sha256(whole.encode()).hexdigest()[:8]
+    return f"{config.model_type}-h{config.hidden_size}-l{config.num_hidden_layers}-{short}"
+
+
+def as_checkpoint(
+    folder: Path,
+    *,
+    lineage_of: str | None = None,
+    losses: tuple[tuple[int, float], ...] = (),
+    work: Work | None = None,
+) -> Checkpoint:
+    """Seal a checkpoint folder. `lineage_of` is its lineage; without one the folder is an ancestor itself.
+
+    Raises:
+        ValueError: no supported checkpoint, or no usable tokenizer.
+    """
+    config = open_config(folder)
+    if lineage_of is None:
+        digests = "".join(file_digest(file) for file in sorted(set(index(folder).values())))
+        lineage_of = lineage(config, tokenizer_fingerprint(open_tokenizer(folder)), digests)
+    return Checkpoint(
+        folder=folder,
+        model_type=config.model_type,
+        lineage=lineage_of,
+        parameters=parameters(folder),
+        active_parameters=family(config.model_type).matrix_parameters(config),
+        losses=losses,
+        work=work or Work(),
+    ).sealed()

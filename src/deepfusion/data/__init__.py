@@ -1,0 +1,1 @@
+"""Text: made, read, spread over devices, batched."""

@@ -1,0 +1,257 @@
+"""Real text: rows of JSONL files, plain text and `datasets`, sorted into public, private, held-out and test.
+
+A row has `question` and `answer`, and may have `id, domain, context, options, answer_idx, group, private_group, split,
+device`. A group is handed to devices whole; one that any row marks `private_group` may stand in no public row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any, Literal
+
+from deepfusion.config import FileData, TextSource
+from deepfusion.data.documents import Document, Question
+from deepfusion.data.tables import read_table
+
+SPLITS = ("private", "public", "test")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checked row; `origin` is its file and line, for messages."""
+
+    origin: str
+    id: str
+    domain: str
+    split: Literal["private", "public", "test"]
+    prompt: str
+    answer: str
+    group: str
+    private: bool
+    options: tuple[str, ...] | None = None
+    answer_idx: int | None = None
+    device: str | None = None
+
+    @property
+    def document(self) -> Document:
+        """The row as text to learn from."""
+        return Document(
+            id=self.id,
+            domain=self.domain,
+            prompt=self.prompt,
+            answer=self.answer,
+            group=self.group,
+            private=self.private,
+        )
+
+    @property
+    def question(self) -> Question:
+        """The row as a test question."""
+        return Question(**self.document.model_dump(), options=self.options, answer_idx=self.answer_idx)
+
+
+@dataclass(frozen=True)
+class Text:
+    """All rows that a run uses, by purpose."""
+
+    domains: tuple[str, ...]
+    private: tuple[Row, ...]
+    heldout: tuple[Row, ...]
+    public: tuple[Row, ...]
+    test: tuple[Row, ...]
+    counts: dict[str, int]
+
+
+def read_text(config: FileData, seed: int) -> Text:
+    """Read, check, filter and sort the rows of all sources.
+
+    A test row of a private group of which no private row is kept (all left out, or all held out) is left out too: no
+    device could know it.
+
+    Raises:
+        ValueError: names the file and line of the first row that cannot be used, the private group that is public, or
+            the purpose for which no row is left.
+    """
+    prompt_parts(config.prompt)
+    counts: Counter[str] = Counter()
+    rows: list[Row] = []
+    for number, source in enumerate(config.sources):
+        rows += _limited(_rows(source, config, counts), source.max_rows, f"{seed}-rows-{number}", counts)
+    rows = _marked(rows)
+    heldout = [
+        row for row in rows if row.split == "private" and _draw(f"{seed}-heldout-{row.id}") < config.heldout_share
+    ]
+    aside = {row.id for row in heldout}
+    private = [row for row in rows if row.split == "private" and row.id not in aside]
+    public = [row for row in rows if row.split == "public"]
+    held = {row.group for row in private}
+    tests = [row for row in rows if row.split == "test"]
+    test = [row for row in tests if not row.private or row.group in held]
+    counts["left_out_test_of_no_device"] = len(tests) - len(test)
+    for name, kept in (("private", private), ("public", public), ("test", test)):
+        if not kept:
+            raise ValueError(
+                f"no {name} text is left of {len(rows)} rows of {_names(config)}: check `split` and `where`"
+            )
+    domains = tuple(sorted({row.domain for row in rows}))
+    return Text(domains, tuple(private), tuple(heldout), tuple(public), tuple(test), dict(counts))
+
+
+def prompt_parts(template: str) -> list[str]:
+    """The lines of a prompt template, ends kept.
+
+    Raises:
+        ValueError: the template has an unknown field, or no question.
+    """
+    fields = re.findall(r"\{(.*?)\}", template)
+    if unknown := [field for field in fields if field not in ("context", "question")]:
+        raise ValueError(
+            f"prompt template {template!r} has unknown field {unknown[0]!r}: use {{context}} and {{question}}"
+        )
+    if "question" not in fields:
+        raise ValueError(f"prompt template {template!r} has no {{question}}")
+    return template.splitlines(keepends=True)
+
+
+def render_prompt(template: str, question: str, context: str | None) -> str:
+    """Fill a template; without a context the lines that name it go."""
+    lines = [line for line in prompt_parts(template) if context or "{context}" not in line]
+    texts = {"context": context or "", "question": question}
+    return re.sub(r"\{(context|question)\}", lambda match: texts[match[1]], "".join(lines))
+
+
+def _rows(source: TextSource, config: FileData, counts: Counter[str]) -> list[Row]:
+    """The source's rows that match `where` and are short enough."""
+    rows: list[Row] = []
+    read = 0
+    for origin, raw in read_table(source):
+        read += 1
+        if not all(_matches(_get(raw, source, column), value) for column, value in source.where.items()):
+            counts["left_out_by_where"] += 1
+            continue
+        row = _row(origin, raw, source, config.prompt)
+        if config.max_answer_bytes is not None and len(row.answer.encode()) > config.max_answer_bytes:
+            counts["left_out_long_answers"] += 1
+        else:
+            rows.append(row)
+    counts["rows_read"] += read
+    if not rows:
+        raise ValueError(
+            f"{source.path or source.dataset}: none of {read} rows is kept: check `where` and max_answer_bytes"
+        )
+    return rows
+
+
+def _matches(value: Any, prefix: str) -> bool:
+    return value is not None and str(value).startswith(prefix)
+
+
+def _get(raw: Mapping[str, Any], source: TextSource, field: str) -> Any:
+    return raw.get(source.columns.get(field, field))
+
+
+def _row(origin: str, raw: Mapping[str, Any], source: TextSource, template: str) -> Row:
+    def text(field: str, default: str | None = None) -> str:
+        value = _get(raw, source, field)
+        value = default if value is None else str(value)
+        if value is None or not value.strip():
+            state = "no" if value is None else "an empty"
+            raise ValueError(f"{origin} has {state} {source.columns.get(field, field)!r}")
+        return value
+
+    def known(field: str, override: str | None) -> str:
+        if override is not None:
+            return override
+        if _get(raw, source, field) is None:
+            raise ValueError(f"{origin} has no {field!r}: add the column, or set `{field}` of the source")
+        return text(field)
+
+    split = known("split", source.split)
+    if split not in SPLITS:
+        raise ValueError(f"{origin} has split {split!r}: it must be one of {', '.join(SPLITS)}")
+    options, index = _options(origin, raw, source)
+    answer = text("answer", options[index] if options and index is not None else None)
+    if options and split == "test":
+        index = options.index(answer) if index is None and answer in options else index
+        if index is None or options[index] != answer:
+            raise ValueError(f"{origin}: the answer {answer[:40]!r} is not the option that `answer_idx` names")
+    whole = source.path is not None and source.path.endswith(".txt")  # plain text has nothing to ask
+    context = _get(raw, source, "context")
+    name = text("id")
+    return Row(
+        origin=origin,
+        id=name,
+        domain=known("domain", source.domain),
+        split=split,
+        prompt="" if whole else render_prompt(template, text("question"), None if context is None else str(context)),
+        answer=answer,
+        group=text("group", name),
+        private=_flag(origin, _get(raw, source, "private_group")),
+        options=options,
+        answer_idx=index if options else None,
+        device=source.device if source.device is not None else _get(raw, source, "device"),
+    )
+
+
+def _options(origin: str, raw: Mapping[str, Any], source: TextSource) -> tuple[tuple[str, ...] | None, int | None]:
+    options, index = _get(raw, source, "options"), _get(raw, source, "answer_idx")
+    if options is None:
+        return None, None
+    if not isinstance(options, list) or len(options) < 2:
+        raise ValueError(f"{origin}: options must be a list of two or more")
+    if index is not None and not (isinstance(index, int) and 0 <= index < len(options)):
+        raise ValueError(f"{origin}: answer_idx {index!r} is not an index of {len(options)} options")
+    return tuple(str(option) for option in options), index
+
+
+def _flag(origin: str, value: Any) -> bool:
+    flags = {None: False, False: False, True: True, "false": False, "true": True}
+    value = value.lower() if isinstance(value, str) else value
+    if value not in flags:
+        raise ValueError(f"{origin}: private_group must be true or false, not {value!r}")
+    return flags[value]
+
+
+def _limited(rows: list[Row], limit: int | None, seed: str, counts: Counter[str]) -> list[Row]:
+    """At most `limit` rows of each split, in file order: groups in one shuffled order, the last one cut to fit.
+
+    The order is the same in each split, so that the groups that are tested are those that devices hold.
+    """
+    if limit is None:
+        return rows
+    groups = sorted({row.group for row in rows})
+    Random(seed).shuffle(groups)
+    rank = {group: place for place, group in enumerate(groups)}
+    kept: set[int] = set()
+    for split in SPLITS:
+        places = [place for place, row in enumerate(rows) if row.split == split]
+        kept.update(sorted(places, key=lambda place: rank[rows[place].group])[:limit])
+    counts["left_out_over_max_rows"] += len(rows) - len(kept)
+    return [row for place, row in enumerate(rows) if place in kept]
+
+
+def _marked(rows: list[Row]) -> list[Row]:
+    """Mark every row of a private group; refuse ids that come twice and private groups that are public."""
+    private = {row.group for row in rows if row.private}
+    seen: dict[str, str] = {}
+    for row in rows:
+        if row.id in seen:
+            raise ValueError(f"{row.origin}: id {row.id!r} was used before, by {seen[row.id]}")
+        seen[row.id] = row.origin
+        if row.split == "public" and row.group in private:
+            raise ValueError(f"{row.origin}: group {row.group!r} is marked private_group, yet this row is public")
+    return [replace(row, private=row.group in private) for row in rows]
+
+
+def _draw(key: str) -> float:
+    """A number in [0, 1) that depends on the key alone."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
+
+
+def _names(config: FileData) -> str:
+    return ", ".join(str(source.path or source.dataset) for source in config.sources)

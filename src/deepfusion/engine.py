@@ -1,0 +1,300 @@
+"""Runs steps as soon as what they depend on is there: those already in the store at once, the rest in worker processes."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import pickle
+import queue
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self, TypeVar, cast
+
+from deepfusion.artifacts import Artifact
+from deepfusion.config import Runtime
+from deepfusion.store import Facts, Step, Store
+from deepfusion.worker import ERROR, call, settle
+
+A = TypeVar("A", bound=Artifact)
+
+
+class Watcher(Protocol):
+    """Who wants to see steps come and go; called from the engine's threads."""
+
+    def started(self, name: str, folder: Path) -> None:
+        """A step begins in `folder`, whose `.progress.json` tells how far it is."""
+        ...
+
+    def finished(self, name: str, seconds: float, cached: bool) -> None:
+        """A step is in the store."""
+        ...
+
+    def failed(self, name: str, reason: str) -> None:
+        """A step could not be done."""
+        ...
+
+    def message(self, text: str) -> None:
+        """Something worth knowing."""
+        ...
+
+
+class Silent:
+    """A watcher that looks away."""
+
+    def started(self, name: str, folder: Path) -> None:
+        """Ignore."""
+
+    def finished(self, name: str, seconds: float, cached: bool) -> None:
+        """Ignore."""
+
+    def failed(self, name: str, reason: str) -> None:
+        """Ignore."""
+
+    def message(self, text: str) -> None:
+        """Ignore."""
+
+
+class StepError(RuntimeError):
+    """A step broke in a way that is not the user's mistake."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished step, for the report."""
+
+    step: Step[Any]
+    artifact: Artifact
+    facts: Facts
+    cached: bool
+
+
+class Engine:
+    """Hands steps to workers in order of priority; futures of steps may be arguments of other steps.
+
+    Use as a context manager: leaving it by an exception ends every running step and leaves its folder to go on from.
+    """
+
+    def __init__(self, store: Store, runtime: Runtime, watch: Watcher | None = None) -> None:
+        self.store, self.runtime, self.watch = store, runtime, watch or Silent()
+        self.done: list[Done] = []
+        self._ready: queue.PriorityQueue[tuple[int, int, tuple[Step[Any], Future[Any]] | None]] = queue.PriorityQueue()
+        self._count = itertools.count()
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._workers: list[subprocess.Popen[bytes]] = []
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        with self._lock:
+            self._closed = True
+        if kind is not None:
+            for worker in self._workers:
+                worker.kill()  # a child notices within a fifth of a second that its worker is gone
+        for _ in self._threads:
+            self._ready.put((-(10**9), next(self._count), None))
+        for thread in self._threads:
+            thread.join()
+
+    def submit(
+        self, phase: str, function: str, version: int, gives: type[A], item: str | None = None, /, *,
+        priority: int = 0, also_keyed_by: Any = None, unkeyed: dict[str, Any] | None = None, **arguments: Any,
+    ) -> Future[A]:  # fmt: skip
+        """Plan one step; it runs when every future among its arguments has its artifact. Lower priority runs first."""
+        future: Future[A] = Future()
+        waits_for = list({id(f): f for f in _futures(arguments)}.values())
+        left = itertools.count(len(waits_for) - 1, -1)
+
+        def settle_one(_: object = None) -> None:
+            if waits_for and next(left) > 0:
+                return
+            broken = next((f.exception() for f in waits_for if f.exception() is not None), None)
+            if broken is not None:
+                self._held_back(phase, item)
+                future.set_exception(broken)
+                return
+            try:
+                step = Step(phase, item, function, version, gives, _resolved(arguments), also_keyed_by, unkeyed or {})
+                self._admit(step, future, priority)
+            except BaseException as error:
+                future.set_exception(error)
+
+        if not waits_for:
+            settle_one()
+        for awaited in waits_for:
+            awaited.add_done_callback(settle_one)
+        return future
+
+    def _held_back(self, phase: str, item: str | None) -> None:
+        """A step cannot run, for one that it depends on has not."""
+
+    def _admit(self, step: Step[A], future: Future[A], priority: int) -> None:
+        found = self.store.find(step)
+        if found is not None:
+            manifest = self.store.manifest(step) or {}
+            facts = Facts(manifest["seconds"], manifest["cpu_seconds"], manifest["peak_bytes"])
+            self.done.append(Done(step, found, facts, cached=True))
+            self.watch.finished(step.name, 0.0, cached=True)
+            future.set_result(found)
+            return
+        self._ready.put((priority, next(self._count), (step, future)))
+        with self._lock:
+            if len(self._threads) < max(1, self.runtime.workers) and not self._closed:
+                thread = threading.Thread(target=self._serve, daemon=True)
+                self._threads.append(thread)
+                thread.start()
+
+    def _serve(self) -> None:
+        worker: subprocess.Popen[bytes] | None = None
+        while True:
+            _, _, task = self._ready.get()
+            if task is None:
+                break
+            step, future = task
+            if self._closed:
+                future.cancel()
+                continue
+            try:
+                if self.runtime.workers and worker is None:
+                    worker = _start_worker()
+                    self._workers.append(worker)
+                future.set_result(self._build(step, worker))
+            except BaseException as error:
+                if not self._closed:
+                    self.watch.failed(step.name, str(error))
+                future.set_exception(error)
+        if worker is not None and worker.stdin is not None:
+            worker.stdin.close()
+            worker.wait()
+
+    def _build(self, step: Step[A], worker: subprocess.Popen[bytes] | None) -> A:
+        into = self.store.begin(step)
+        self.watch.started(step.name, into)
+        try:
+            facts = self._run_here(step, into) if worker is None else self._run_in(worker, step, into)
+            artifact = self.store.finish(step, facts)
+        except (ValueError, OSError):
+            self.store.discard(step)
+            raise
+        self.done.append(Done(step, artifact, facts, cached=False))
+        self.watch.finished(step.name, facts.seconds, cached=False)
+        return artifact
+
+    def _run_here(self, step: Step[Any], into: Path) -> Facts:
+        settle(self.runtime)
+        wall, cpu = time.monotonic(), time.process_time()
+        call(step.function, step.arguments | step.unkeyed, into, self.runtime)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return Facts(time.monotonic() - wall, time.process_time() - cpu, peak)
+
+    def _run_in(self, worker: subprocess.Popen[bytes], step: Step[Any], into: Path) -> Facts:
+        log = self.store.root.parent / "logs" / f"{step.phase}-{step.item or step.phase}.log"
+        task = pickle.dumps(
+            {
+                "function": step.function,
+                "arguments": step.arguments | step.unkeyed,
+                "into": into,
+                "runtime": self.runtime,
+                "log": log,
+            }
+        )
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        try:
+            worker.stdin.write(struct.pack("<I", len(task)) + task)
+            worker.stdin.flush()
+        except BrokenPipeError:
+            raise StepError(f"{step.name}: the worker process is gone") from None
+        answer = worker.stdout.readline()
+        if not answer:
+            raise StepError(f"{step.name}: the worker process ended; its last words are in {log}")
+        facts = cast(dict[str, Any], json.loads(answer))
+        if facts["status"] == 0:
+            return Facts(facts["seconds"], facts["cpu_seconds"], facts["peak_bytes"])
+        error = into / ERROR
+        if not error.exists():
+            killed = signal.Signals(-facts["status"]).name if facts["status"] < 0 else f"exit {facts['status']}"
+            hint = " (out of memory?)" if killed == "SIGKILL" else ""
+            raise StepError(f"{step.name}: its process ended with {killed}{hint}; see {log}")
+        told = cast(dict[str, Any], json.loads(error.read_text()))
+        error.unlink()
+        if told["kind"] == "user":
+            raise ValueError(f"{step.name}: {told['message']}")
+        if told["kind"] == "disk":
+            raise OSError(told["errno"] or errno.EIO, f"{step.name}: {told['message']}")
+        raise StepError(f"{step.name}: {told['message']}; see {log}")
+
+
+class NotYetRun(Exception):
+    """What a planner says of a step that is not in the store."""
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One step of a plan."""
+
+    phase: str
+    item: str | None
+    state: Literal["done", "run", "wait"]
+    reason: str
+
+
+class Planner(Engine):
+    """An engine that runs nothing: it notes what is done, what would run, and what waits for that."""
+
+    def __init__(self, store: Store, runtime: Runtime) -> None:
+        super().__init__(store, runtime)
+        self.steps: list[PlannedStep] = []
+
+    def _held_back(self, phase: str, item: str | None) -> None:
+        self.steps.append(PlannedStep(phase, item, "wait", "depends on steps that have not run"))
+
+    def _admit(self, step: Step[A], future: Future[A], priority: int) -> None:
+        found = self.store.find(step)
+        if found is not None:
+            self.steps.append(PlannedStep(step.phase, step.item, "done", f"in the store as {step.key[:12]}"))
+            future.set_result(found)
+            return
+        under_way = self.store.partial(step).is_dir()
+        reason = "goes on from where it was interrupted" if under_way else "not in the store"
+        self.steps.append(PlannedStep(step.phase, step.item, "run", reason))
+        future.set_exception(NotYetRun(step.name))
+
+
+def _start_worker() -> subprocess.Popen[bytes]:
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "deepfusion.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    )
+
+
+def _futures(value: Any) -> list[Future[Any]]:
+    if isinstance(value, Future):
+        return [cast("Future[Any]", value)]
+    if isinstance(value, dict):
+        return [f for v in value.values() for f in _futures(v)]
+    if isinstance(value, list | tuple):
+        return [f for v in value for f in _futures(v)]
+    return []
+
+
+def _resolved(value: Any) -> Any:
+    if isinstance(value, Future):
+        return cast("Future[Any]", value).result()
+    if isinstance(value, dict):
+        return {k: _resolved(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_resolved(v) for v in value]
+    return value

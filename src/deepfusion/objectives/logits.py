@@ -1,0 +1,77 @@
+"""CE + β·KL (Eq. 11 of arXiv 2602.14301 with α = 0); where tokenizers differ, span likelihood stands in for KL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from deepfusion.config import LogitsObjective
+from deepfusion.losses import IGNORED, chunked_losses, span_divergence, token_logprobs, token_terms, weighted_mean
+from deepfusion.objectives.base import Objective
+
+BLOCK = 1 << 25
+"""Logits that the loss looks at in one go (128 MiB in float32); larger batches are cut into blocks of tokens."""
+
+
+class Logits(Objective):
+    """Learning from labels and from teachers' next-token distributions.
+
+    Batch fields, all aligned at the predicting position:
+        labels, weights `[B, T]`: the next token (-100 none) and its weight in the cross-entropy.
+        topk_ids, topk_logprobs `[B, T, k]`, topk_weight `[B, T]`: what was kept of the teacher's distribution, where
+            the tokenizers are equal (weight 0: no teacher here; logprob -inf: padding). k = V is the dense KL.
+        chunk `[B, T]`, chunk_logprobs, chunk_weight `[C]`: the chunk of each label (-1 none) and the teacher's
+            log-likelihood of each chunk, where the tokenizers differ (weight 0: chunk left out).
+
+    Either group of teacher fields may be missing; with none there is only CE. KL and span likelihood are mixed by
+    token: both are summed and divided by the number of all tokens that a teacher covers (each counted by its weight,
+    a chunk's tokens by the chunk's). With β = 0 no KL is computed, and `kl` is given as 0.
+    """
+
+    def __init__(self, config: LogitsObjective) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(
+        self, batch: Mapping[str, Tensor], logits: Tensor, hidden_states: tuple[Tensor, ...] | None = None
+    ) -> dict[str, Tensor]:
+        """Terms `ce`, `kl`, `span` (before β and `span_weight`) and `loss`."""
+        labels, weights = batch["labels"], batch["weights"]
+        logprobs, divergence = self._per_token(batch, logits)
+        ce = weighted_mean(-logprobs, weights * (labels != IGNORED))
+
+        kl, span, covered = logits.new_zeros(3, dtype=torch.float32)
+        if "topk_ids" in batch:
+            kl = (divergence * batch["topk_weight"]).sum()
+            covered = covered + batch["topk_weight"].sum()
+        if "chunk" in batch:
+            chunk, weight = batch["chunk"], batch["chunk_weight"]
+            spans = span_divergence(logprobs, chunk, batch["chunk_logprobs"], self.config.span_temperature)
+            span = (spans * weight).sum()
+            covered = covered + weight[chunk[chunk >= 0]].sum()
+        covered = torch.where(covered > 0, covered, 1.0)
+        kl, span = kl / covered, span / covered
+        loss = ce + self.config.beta * (kl + self.config.span_weight * span)
+        return {"ce": ce, "kl": kl, "span": span, "loss": loss}
+
+    def _per_token(self, batch: Mapping[str, Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of each label and KL to each position's teacher (0 without teacher fields), `[B, T]` each."""
+        flat = {name: batch[name].flatten(0, 1) for name in ("labels", "topk_ids", "topk_logprobs") if name in batch}
+
+        def terms(rows: Tensor, which: slice) -> Tensor:
+            labels = flat["labels"][which]
+            if "topk_ids" not in flat or self.config.beta == 0:
+                logprobs = token_logprobs(rows, labels)
+                return torch.stack([logprobs, torch.zeros_like(logprobs)], -1)
+            ids, kept = flat["topk_ids"][which], flat["topk_logprobs"][which]
+            return torch.stack(token_terms(rows, labels, ids, kept, self.config.temperature), -1)
+
+        rows, everything = logits.flatten(0, 1), slice(None)
+        if rows.numel() <= BLOCK:
+            values = terms(rows, everything)
+        else:
+            values = chunked_losses(rows, lambda block: block, max(1, BLOCK // rows.shape[-1]), terms)
+        logprobs, divergence = values.unflatten(0, logits.shape[:2]).unbind(-1)
+        return logprobs, divergence

@@ -1,0 +1,95 @@
+"""Sections on what a run cost, what it left out, and what it was asked to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import yaml
+from markupsafe import Markup
+
+from deepfusion import figures
+from deepfusion.artifacts import Work
+from deepfusion.findings import RESULT, Compute, Findings
+from deepfusion.page.parts import Section, Table, label
+
+Totals = tuple[int, float, float, float, float]  # tokens; token-parameters: forward, backward, both, critical path
+UNITS = ((1e15, "10¹⁵ "), (1e12, "10¹² "), (1e9, "10⁹ "), (1e6, "10⁶ "), (1e3, "10³ "), (1.0, ""))
+
+
+def compute(findings: Findings) -> Section | None:
+    """Who computed how much: the equal-compute account."""
+    if not findings.compute:
+        return None
+    systems = list(dict.fromkeys(part.system for part in findings.compute))
+    totals = {system: _total(part for part in findings.compute if part.system == system) for system in systems}
+    largest = max(total[3] for total in totals.values())
+    divisor, unit = next(((number, unit) for number, unit in UNITS if largest >= number), UNITS[-1])
+    ours = totals[RESULT][3] if RESULT in totals else 0.0
+    rows: list[list[str]] = []
+    strong: set[int] = set()
+    for system, total in totals.items():
+        parts = [part for part in findings.compute if part.system == system]
+        rows += [[label(system), part.part, *_numbers(_total([part]), divisor), ""] for part in parts]
+        strong.add(len(rows))
+        rows.append([label(system), "total", *_numbers(total, divisor), f"{total[3] / ours:.2f}" if ours else ""])
+    heads = ["system", "part", "tokens", "forward", "backward", "together", "critical path", "ratio"]
+    text = (
+        f"In {unit}token-parameters: a forward pass of one token counts the matrix parameters it passes through, a "
+        "backward pass twice as many. Teachers' passes are included. Critical path: with a worker for each copy that "
+        "can train alone. Ratio: to this run's total."
+    )
+    table = Table(heads, rows, texts=2, strong=frozenset(strong))
+    return Section("compute", "Server compute", [text], tables=[table])
+
+
+def _total(parts: Iterable[Compute]) -> Totals:
+    listed = list(parts)
+    work = sum((part.work for part in listed), Work())
+    critical = sum(part.work.token_parameters if part.critical is None else part.critical for part in listed)
+    return work.tokens, work.forward, work.backward, work.token_parameters, critical
+
+
+def _numbers(total: Totals, divisor: float) -> list[str]:
+    return [f"{total[0]:,}", *(f"{number / divisor:,.2f}" for number in total[1:])]
+
+
+def traffic(findings: Findings) -> Section | None:
+    """Bytes on the wire (Eq. 5 of arXiv 2602.14301) and peak memory."""
+    up = findings.bytes_up()
+    devices, server = findings.peaks()
+    if not up and not devices:
+        return None
+    sent, received = figures.size(sum(up.values())), figures.size(sum(findings.bytes_down.values()))
+    text = f"Devices sent {sent} in all and were sent {received}; raw text was never sent."
+    figure = Markup(figures.costs(up, devices, server))
+    return Section("traffic", "Communication and memory", [text], figures=[figure])
+
+
+def time(findings: Findings) -> Section | None:
+    """Seconds by phase."""
+    if not findings.steps:
+        return None
+    rows: list[list[str]] = []
+    for name in dict.fromkeys(step.name for step in findings.steps):
+        steps = [step for step in findings.steps if step.name == name]
+        peaks = [step.peak_bytes for step in steps if step.peak_bytes is not None]
+        numbers = [len(steps), sum(step.cached for step in steps)]
+        seconds = [sum(step.seconds for step in steps), sum(step.cpu_seconds for step in steps)]
+        tokens = sum(step.tokens or 0 for step in steps)
+        row = [name, *(f"{number:,}" for number in numbers), *(f"{number:,.1f}" for number in seconds)]
+        rows.append([*row, f"{tokens:,}" if tokens else "", figures.size(max(peaks)) if peaks else ""])
+    heads = ["phase", "steps", "found done", "seconds", "processor seconds", "tokens", "peak memory"]
+    text = "Seconds are summed over steps, several of which run at a time; what was found done counts as it was."
+    return Section("time", "Time", [text], tables=[Table(heads, rows)])
+
+
+def remarks(findings: Findings) -> Section:
+    """Who was left out, and what a reader should be warned of."""
+    rejected = findings.intake.rejected if findings.intake else ()
+    items = [f"Left out: {rejection.device}: {rejection.reason}" for rejection in rejected] + findings.all_warnings()
+    return Section("remarks", "Left out, and warnings", items=items or ["No device was left out, nothing to warn of."])
+
+
+def recipe(findings: Findings) -> Section:
+    """What was asked for."""
+    return Section("recipe", "Recipe", code=yaml.safe_dump(dict(findings.recipe), sort_keys=False, allow_unicode=True))

@@ -1,0 +1,1 @@
+"""The ten phases, one file each."""

@@ -1,0 +1,174 @@
+"""One proxy per cluster and lineage: the mean of its members' weights (Fig. 4)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from deepfusion.artifacts import Clusters, Proxy, Upload
+from deepfusion.checkpoints import copy_description
+from deepfusion.config import ProxyPhase
+from deepfusion.encoders import cosine, decode
+from deepfusion.store import link_tree
+from deepfusion.weights import index, read, shapes, write
+
+
+def mean(tensors: Iterable[Shaped[Tensor, "*shape"]], weights: Sequence[float]) -> Shaped[Tensor, "*shape"]:
+    """Weighted mean, in float32 and in the order given; equal tensors give exactly that tensor back.
+
+    Args:
+        tensors: as many as `weights`, of one shape, all floating or all of integers. Each is looked at once and let go.
+        weights: not negative, and not all zero.
+
+    Raises:
+        ValueError: integers that are not the same everywhere.
+    """
+    # A running sum: a cluster of 1B models does not fit in memory.
+    result, total = torch.empty(0), 0.0
+    for tensor, weight in zip(tensors, weights, strict=True):
+        total += weight
+        if weight == total:  # the first that counts
+            result = tensor if not tensor.is_floating_point() else tensor.to(torch.float32, copy=True)
+        elif tensor.is_floating_point():
+            result += (tensor.to(torch.float32) - result) * (weight / total)
+        elif not torch.equal(result, tensor):
+            raise ValueError("tensors of integers differ, and have no mean")
+    return result
+
+
+def name_of(proxy: Proxy) -> str:
+    """What a proxy is called as a writer and teacher."""
+    return f"cluster-{proxy.cluster}-{proxy.lineage}"
+
+
+def by_lineage(uploads: Sequence[Upload], clusters: Clusters) -> list[tuple[int, str, list[Upload]]]:
+    """(cluster, lineage, members) of every proxy to make, in order; members in the cluster's order.
+
+    Raises:
+        ValueError: a cluster names a device without upload.
+    """
+    held = {upload.device: upload for upload in uploads}
+    groups: dict[tuple[int, str], list[Upload]] = {}
+    for cluster, devices in enumerate(clusters.members):
+        for device in devices:
+            if device not in held:
+                raise ValueError(f"cluster {cluster} names {device}, which uploaded no model")
+            groups.setdefault((cluster, held[device].lineage), []).append(held[device])
+    return [(cluster, lineage, members) for (cluster, lineage), members in sorted(groups.items(), key=lambda g: g[0])]
+
+
+def average(uploads: Sequence[Upload], cluster: int, config: ProxyPhase, *, into: Path) -> Proxy:
+    """The proxy of one cluster's uploads of one lineage; a single member is its own proxy.
+
+    Memory holds one tensor more than the shard that is being written, whatever the number of members.
+
+    Raises:
+        ValueError: the uploads are not of one lineage; names two that differ.
+    """
+    _refuse_mixed(uploads, cluster)
+    counts = [upload.tokens if config.weights == "tokens" else 1 for upload in uploads]
+    if not sum(counts):
+        raise ValueError(f"no member of cluster {cluster} was trained on any token: set proxy.weights: uniform")
+    weights = [count / sum(counts) for count in counts]
+    target, distance = into / "model", 0.0
+    if len(uploads) == 1:
+        link_tree(uploads[0].model, target)
+    else:
+        distance = average_folders([upload.model for upload in uploads], weights, into=target)
+    first = uploads[0]
+    return Proxy(
+        folder=into,
+        cluster=cluster,
+        lineage=first.lineage,
+        model_type=first.model_type,
+        members=tuple(upload.device for upload in uploads),
+        weights=tuple(weights),
+        distance=distance,
+        parameters=first.parameters,
+        active_parameters=first.active_parameters,
+        warnings=tuple(_strangers(uploads, cluster, config.warn_below)),
+    ).sealed()
+
+
+def average_folders(folders: Sequence[Path], weights: Sequence[float], *, into: Path) -> float:
+    """Write the mean of checkpoints that have equal tensors, with the first one's config and tokenizer.
+
+    Returns:
+        The largest L2 distance of a checkpoint from the mean, relative to the mean's norm.
+
+    Raises:
+        ValueError: the checkpoints' tensors differ in name or shape.
+    """
+    into.mkdir(parents=True, exist_ok=True)
+    places = [index(folder) for folder in folders]
+    expected = {name: shape for name, (_, shape) in shapes(folders[0]).items()}
+    dtypes = {name: dtype for name, (dtype, _) in shapes(folders[0]).items()}
+    for folder in folders[1:]:
+        held = shapes(folder)
+        if {name: shape for name, (_, shape) in held.items()} != expected:
+            raise ValueError(f"{folders[0]} and {folder} have tensors of different names or shapes")
+        dtypes = {name: torch.promote_types(dtype, held[name][0]) for name, dtype in dtypes.items()}
+    apart, norm = [0.0] * len(folders), 0.0
+
+    def means() -> Iterator[tuple[str, Tensor]]:
+        nonlocal norm
+        for name in expected:
+            try:
+                middle = mean((read(place[name], name) for place in places), weights)
+            except ValueError as error:
+                raise ValueError(f"{folders[0]} and its like: {name}: {error}") from None
+            if middle.is_floating_point():
+                norm += _squared(middle)
+                for member, place in enumerate(places):
+                    apart[member] += _squared(read(place[name], name).to(torch.float32).sub_(middle))
+            yield name, middle.to(dtypes[name])
+
+    write(into, means())
+    copy_description(folders[0], into)
+    return math.sqrt(max(apart) / norm) if norm else 0.0
+
+
+def _squared(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor)) ** 2
+
+
+def _refuse_mixed(uploads: Sequence[Upload], cluster: int) -> None:
+    if not uploads:
+        raise ValueError(f"cluster {cluster} has no models to average")
+    first = uploads[0]
+    for other in uploads[1:]:
+        if other.lineage == first.lineage:
+            continue
+        if other.model_type != first.model_type:
+            raise ValueError(
+                f"cluster {cluster} mixes {first.model_type} ({first.device}) and {other.model_type} ({other.device}); "
+                "their weights cannot be averaged. Set cluster.mode: by_domain."
+            )
+        if other.ancestor != first.ancestor:
+            raise ValueError(
+                f"{first.device} and {other.device} are both {first.model_type} but come from different ancestors "
+                f"({first.ancestor}, {other.ancestor}); their weights cannot be averaged. Set cluster.mode: by_domain."
+            )
+        raise ValueError(
+            f"{first.device} and {other.device} both come from {first.ancestor} but differ in shapes, tokenizer or "
+            f"the weights they started from ({first.lineage}, {other.lineage}); their weights cannot be averaged. "
+            "Set cluster.mode: by_domain."
+        )
+
+
+def _strangers(uploads: Sequence[Upload], cluster: int, below: float) -> Iterator[str]:
+    """A warning for every two members whose texts differ too much: averaging strangers destroys what they know."""
+    vectors = [decode(upload.embedding) for upload in uploads]
+    for (one, e_one), (other, e_other) in itertools.combinations(zip(uploads, vectors, strict=True), 2):
+        similarity = cosine(e_one, e_other)
+        if similarity < below:
+            yield (
+                f"cluster {cluster}: {one.device} and {other.device} have texts of cosine {similarity:.2f}, "
+                f"below {below:g}: averaging their weights may destroy what each knows"
+            )

@@ -1,0 +1,139 @@
+"""One student's training, from checkpoint to checkpoint: open, learn within a budget, save."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from deepfusion import checkpoints
+from deepfusion.artifacts import Checkpoint, Teaching, TransferSet, Work
+from deepfusion.config import LogitsObjective, Runtime, Training, VAAObjective
+from deepfusion.data.batches import Lesson, Schedule, Tokenizer, lessons, taught
+from deepfusion.data.documents import TransferDocument, read_jsonl
+from deepfusion.families import Role, family
+from deepfusion.objectives import build_objective
+from deepfusion.signals import Signals
+from deepfusion.training import Learner, fit
+
+PASSES = 3.0  # a token's forward counts its active parameters once, its backward twice
+
+
+def tokens_within(budget: float, student: Checkpoint) -> float:
+    """Tokens that may be trained on for `budget` token-parameters."""
+    return budget / (PASSES * student.active_parameters)
+
+
+def learn(
+    student: Checkpoint,
+    text: Sequence[Lesson],
+    objective: LogitsObjective,
+    training: Training,
+    *,
+    tokens: float,
+    seed: int,
+    into: Path,
+    runtime: Runtime,
+    trains: frozenset[Role] | None = None,
+    teacher_widths: Mapping[str, int] | None = None,
+    balance: float = 0.0,
+    ownership: float = 0.0,
+    heldout: Sequence[Lesson] = (),
+    patience: int = 3,
+) -> Checkpoint:
+    """Train a copy of `student` on lessons and save it into `into`.
+
+    Args:
+        trains: roles of the tensors that may change; none: all. The rest is frozen.
+        heldout: with it, training stops when their loss no longer improves (at `patience`), and the best weights stay.
+    """
+    model = checkpoints.open_model(student.folder, getattr(torch, training.dtype))
+    kind = family(student.model_type)
+    if trains is not None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(kind.role(name) in trains)
+    depth = int(model.config.num_hidden_layers)
+    learner = Learner(
+        model,
+        build_objective(objective, int(model.config.hidden_size), depth, teacher_widths or {}),
+        balance=balance,
+        ownership=ownership,
+    )
+    schedule = Schedule(text, tokens, training, packs=kind.packs, seed=seed)
+    checking = (
+        Schedule(heldout, sum(map(len, heldout)), training, packs=kind.packs, seed=seed) if len(heldout) else None
+    )
+    done = fit(
+        learner, schedule, training, seed=seed, into=into, runtime=runtime, heldout=checking, patience=patience
+    )
+    checkpoints.save_model(model, checkpoints.open_tokenizer(student.folder), into)
+    active = student.active_parameters
+    return checkpoints.as_checkpoint(
+        into,
+        lineage_of=student.lineage,
+        losses=done.losses,
+        work=Work(tokens=done.tokens, forward=float(done.tokens * active), backward=2.0 * done.tokens * active),
+    )
+
+
+def transfer_lessons(
+    student: Checkpoint,
+    transfer: TransferSet,
+    teachings: Sequence[Teaching],
+    training: Training,
+    *,
+    cluster: int | None = None,
+    ask: str = "writers",
+    only_public: bool = False,
+    patches: int = 0,
+) -> list[Lesson]:
+    """The transfer set as lessons for `student`: each document with its teacher's signals, in the student's tokens.
+
+    Args:
+        teachings: what teachers said after the fact. Without any, a document's teacher is its writer, by the probabilities
+            kept while writing, and public documents have none.
+        cluster: only what this cluster knows; none: everything.
+        ask: `writers`: one lesson per document; `proxies`: one per document and teacher of the document's cluster (or of
+            `cluster`, which is then asked about every public document, as published).
+        only_public: leave out written documents.
+    """
+    documents = list(read_jsonl(transfer.documents, TransferDocument))
+    tokenizer = Tokenizer(checkpoints.open_tokenizer(student.folder))
+    said = {teaching.teacher: (teaching.cluster, Signals.load(teaching.signals)) for teaching in teachings}
+    kept = {path.stem: Signals.load(path) for path in sorted(transfer.signals.glob("*.safetensors"))}
+    result: list[Lesson] = []
+    for document in documents:
+        if only_public and document.kind != "public":
+            continue
+        about_all = ask == "proxies" and document.kind == "public"
+        if cluster is not None and document.cluster != cluster and not about_all:
+            continue
+        knows = document.cluster if cluster is None else cluster
+        if ask == "proxies":
+            teachers = [signals for of, signals in said.values() if of == knows and document.id in signals.of]
+        else:
+            own = said[document.writer][1] if document.writer in said else kept.get(document.writer or "")
+            teachers = [own] if own is not None and document.id in own.of else []
+        owner = -1 if document.cluster is None else document.cluster
+        fitting = [
+            lesson
+            for signals in teachers
+            if (
+                lesson := taught(
+                    document, signals.of[document.id], signals, tokenizer, training, cluster=owner, patches=patches
+                )
+            )
+        ]
+        result += fitting or lessons([document], tokenizer, training, cluster=owner)
+    return result
+
+
+def widths(teachings: Sequence[Teaching]) -> dict[str, int]:
+    """Width of the cached features by teacher lineage."""
+    return {teaching.lineage: teaching.width for teaching in teachings}
+
+
+def feature_patches(objective: LogitsObjective) -> int:
+    """Patches per stage that the objective wants of teachers' features; 0: none."""
+    return objective.patches if isinstance(objective, VAAObjective) else 0

@@ -1,0 +1,176 @@
+"""Tables of what a run would do, found, and did inside: from `results.json` to what a terminal prints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from deepfusion.display import amount, duration
+
+if TYPE_CHECKING:
+    from deepfusion.engine import PlannedStep
+    from deepfusion.metrics import ResultRow
+
+SCHEMA = 1
+INSIDE = ("clusters", "transfer", "routing", "bytes", "memory", "rejected", "warnings")
+METRICS = {
+    "token_accuracy": "token accuracy",
+    "token_log_perplexity": "log-perplexity",
+    "choice_accuracy": "choice accuracy",
+    "answer_nats_per_byte": "nats per byte",
+}
+
+
+def read_results(run: Path) -> dict[str, Any]:
+    """The results of a finished run, from its folder or the file itself.
+
+    Raises:
+        ValueError: there are none, or they were written by another version.
+    """
+    path = run if run.is_file() else run / "results.json"
+    try:
+        results = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ValueError(f"{run} is not a finished run: it has no results.json") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if results.get("schema") != SCHEMA:
+        raise ValueError(f"{path} has schema {results.get('schema')!r}; this version reads {SCHEMA}")
+    return results
+
+
+def inside(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of the results that tells how they came about."""
+    return {"run": results["run"], **{key: results[key] for key in INSIDE if key in results}}
+
+
+def plan(steps: Sequence[PlannedStep]) -> list[RenderableType]:
+    """What would run, and why."""
+    table = Table("phase", "item", "state", "why", box=None)
+    colours = {"done": "green", "run": "yellow", "wait": "dim"}
+    for step in steps:
+        state = f"[{colours[step.state]}]{step.state}[/]"
+        table.add_row(escape(step.phase), escape(step.item or ""), state, escape(step.reason))
+    counts = {state: sum(step.state == state for step in steps) for state in colours}
+    return [table, f"{counts['done']} done, {counts['run']} would run, {counts['wait']} wait for those"]
+
+
+def overview(results: Mapping[str, Any]) -> list[RenderableType]:
+    """What the systems answer, what each took the server, and where the time went."""
+    return _spaced([_systems(results["rows"]), _compute(results.get("compute", [])), _time(results["phases"])])
+
+
+def inspection(results: Mapping[str, Any]) -> list[RenderableType]:
+    """Clusters and their teachers, devices and what they sent, routing, and what was warned of."""
+    rejected = [f"left out: {escape(r['device'])}: {escape(r['reason'])}" for r in results["rejected"]]
+    warnings = [f"warning: {escape(warning)}" for warning in results.get("warnings", [])]
+    tables = [_clusters(results), _devices(results), _routing(results.get("routing", {}))]
+    return [*_spaced(tables), *rejected, *warnings]
+
+
+def _spaced(tables: Sequence[Table]) -> list[RenderableType]:
+    """The tables that have rows, a line between them."""
+    return [part for table in tables if table.row_count for part in (table, "")]
+
+
+def metrics(rows: Iterable[ResultRow]) -> Table:
+    """One checkpoint's metrics by domain and subset."""
+    values: dict[tuple[str, str], dict[str, float]] = {}
+    counts: dict[tuple[str, str], int] = {}
+    for row in rows:
+        values.setdefault((row.domain, row.subset), {})[row.metric] = row.value
+        counts[row.domain, row.subset] = max(row.count, counts.get((row.domain, row.subset), 0))
+    names = [name for name in METRICS if any(name in part for part in values.values())]
+    table = Table("domain", "questions", *(METRICS[name] for name in names), box=None)
+    for (domain, subset), part in values.items():
+        label = domain if subset == "all" else f"{domain}, {subset.replace('_', ' ')}"
+        cells = [f"{part[name]:.3f}" if name in part else "" for name in names]
+        table.add_row(escape(label), str(counts[domain, subset]), *cells)
+    return table
+
+
+def _systems(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Every system over all domains; of several items (devices, clusters) the mean."""
+    kept = [row for row in rows if row["domain"] == "all"]
+    columns = [
+        (subset, metric)
+        for subset in ("private_only", "all")
+        for metric in METRICS
+        if any(row["subset"] == subset and row["metric"] == metric for row in kept)
+    ]
+    table = Table("system", *(f"{METRICS[m]}\n{s.replace('_', ' ')}" for s, m in columns), box=None)
+    for system in dict.fromkeys(row["system"] for row in kept):
+        cells: list[str] = []
+        for subset, metric in columns:
+            found = [
+                float(row["value"])
+                for row in kept
+                if (row["system"], row["subset"], row["metric"]) == (system, subset, metric)
+            ]
+            cells.append(f"{sum(found) / len(found):.3f}" if found else "")
+        table.add_row(escape(system), *cells)
+    return table
+
+
+def _time(phases: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table("phase", "steps", "already done", "time", "processor time", box=None)
+    for name in dict.fromkeys(phase["name"] for phase in phases):
+        steps = [phase for phase in phases if phase["name"] == name]
+        cached = sum(bool(step["cached"]) for step in steps)
+        wall, cpu = (sum(float(step[key]) for step in steps) for key in ("seconds", "cpu_seconds"))
+        table.add_row(escape(name), str(len(steps)), str(cached) if cached else "", duration(wall), duration(cpu))
+    return table
+
+
+def _compute(parts: Sequence[Mapping[str, Any]]) -> Table:
+    """Token-parameters of the server's training: forward counts once, backward twice."""
+    table = Table("server compute", "total", "critical path", "of which", box=None)
+    for system in dict.fromkeys(part["system"] for part in parts):
+        own = [part for part in parts if part["system"] == system]
+        total, longest = (sum(float(part[key]) for part in own) for key in ("token_parameters", "critical_path"))
+        names = ", ".join(f"{part['part']} {amount(part['token_parameters'])}" for part in own)
+        table.add_row(escape(system), amount(total), amount(longest), escape(names))
+    return table
+
+
+def _clusters(results: Mapping[str, Any]) -> Table:
+    table = Table("cluster", "devices", "lineages, and how far members lie from their mean", "documents", box=None)
+    clusters, written = results.get("clusters", {}), results.get("transfer", {}).get("per_cluster", [])
+    for number, members in enumerate(clusters.get("members", [])):
+        proxies = [
+            f"{proxy['model_type']} of {len(proxy['members'])} ({proxy['distance']:.2f})"
+            for proxy in clusters["proxies"]
+            if proxy["cluster"] == number
+        ]
+        documents = str(written[number]) if number < len(written) else ""
+        table.add_row(str(number), escape(", ".join(members)), escape(", ".join(proxies)), documents)
+    return table
+
+
+def _devices(results: Mapping[str, Any]) -> Table:
+    """Devices, and the proxies that wrote: whose cluster, what they taught, what travelled."""
+    groups = results.get("clusters", {}).get("members", [])
+    cluster = {device: str(number) for number, members in enumerate(groups) for device in members}
+    wrote = results.get("transfer", {}).get("by_writer", {})
+    sent = results["bytes"]["per_device"]
+    table = Table("device or writer", "cluster", "documents written", "bytes up", "bytes down", box=None)
+    for name in dict.fromkeys([*cluster, *sent, *wrote]):
+        travelled = [amount(sent[name][way]) if name in sent else "" for way in ("up", "down")]
+        table.add_row(escape(name), cluster.get(name, ""), str(wrote.get(name, "")), *travelled)
+    table.add_row("all", "", str(sum(wrote.values())), *(amount(results["bytes"][way]) for way in ("up", "down")))
+    return table
+
+
+def _routing(systems: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table("MoE", "I(domain; expert), nats", "difference of experts", "dead [layer, expert]", box=None)
+    for system, facts in systems.items():
+        information, difference = (facts[key]["mean"] for key in ("mutual_information", "expert_difference"))
+        dead = escape(", ".join(map(str, facts["dead"]))) or "none"
+        table.add_row(escape(system), f"{information:.3f}", f"{difference:.3f}", dead)
+    return table

@@ -1,0 +1,146 @@
+"""Language models writing: batched sampling that keeps, with every token, what the model thought of the alternatives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deepfusion.data.batches import Tokenizer
+from deepfusion.families import family
+from deepfusion.signals import Signal
+
+
+@dataclass(frozen=True)
+class Written:
+    """One text as its writer wrote it; a signal row whose log-probabilities are −inf has no opinion (the prompt's)."""
+
+    text: str
+    finished: bool  # the writer ended it by itself
+    signal: Signal
+
+
+@torch.no_grad()
+def write(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    generator: torch.Generator,
+) -> list[Written]:
+    """Continue every prompt ("" writes from nothing) until its end token or `max_new_tokens`, as one batch.
+
+    Only the last position's logits ever exist. `temperature` 0 is greedy; the probabilities kept are the model's own, at
+    temperature 1. A text whose bytes are not UTF-8 counts as unfinished.
+    """
+    heads = [[tokenizer.start, *tokenizer.encode(prompt)[0]] for prompt in prompts]
+    longest = max(len(head) for head in heads)
+    pads = [longest - len(head) for head in heads]
+    device = model.device
+    ids = torch.tensor([[tokenizer.end] * pad + head for pad, head in zip(pads, heads, strict=True)], device=device)
+    mask = torch.tensor([[0] * pad + [1] * len(head) for pad, head in zip(pads, heads, strict=True)], device=device)
+    rows = len(prompts)
+    alive = torch.ones(rows, dtype=torch.bool, device=device)
+    tokens: list[Tensor] = []
+    logprobs: list[Tensor] = []
+    best_ids: list[Tensor] = []
+    best_logprobs: list[Tensor] = []
+    room = int(getattr(model.config, "max_position_embeddings", None) or 10**9) - longest
+    cache = None
+    step = ids
+    for _ in range(min(max_new_tokens, max(room, 0))):
+        logits, cache = _last_logits(model, step, mask, cache)
+        log_p = torch.log_softmax(logits.float(), -1)
+        best = log_p.topk(min(top_k, log_p.shape[-1]), -1)
+        if temperature > 0:
+            chosen = torch.multinomial((log_p / temperature).softmax(-1), 1, generator=generator)
+        else:
+            chosen = best.indices[:, :1]
+        tokens.append(torch.where(alive, chosen[:, 0], tokenizer.end))
+        logprobs.append(log_p.gather(1, chosen)[:, 0])
+        best_ids.append(best.indices)
+        best_logprobs.append(best.values)
+        alive = alive & (chosen[:, 0] != tokenizer.end)
+        if not bool(alive.any()):
+            break
+        step = tokens[-1][:, None]
+        mask = torch.cat([mask, torch.ones(rows, 1, dtype=mask.dtype, device=device)], 1)
+    if not tokens:
+        return [Written(prompt, False, _signal(head, [], tokenizer, [], [], [])) for prompt, head in zip(prompts, heads, strict=True)]  # fmt: skip
+    columns = [torch.stack(each, 1).cpu().numpy() for each in (tokens, logprobs, best_ids, best_logprobs)]
+    return [_one(prompts[row], heads[row], [column[row] for column in columns], tokenizer) for row in range(rows)]
+
+
+def _last_logits(model: PreTrainedModel, step: Tensor, mask: Tensor, cache: object) -> tuple[Tensor, object]:
+    positions = {}
+    if family(model.config.model_type).packs:  # the others count positions from the mask themselves
+        positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -step.shape[1] :]}
+    outputs = model(
+        input_ids=step, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **positions
+    )
+    return outputs.logits[:, -1], outputs.past_key_values
+
+
+def _one(prompt: str, head: list[int], columns: list[np.ndarray], tokenizer: Tokenizer) -> Written:
+    tokens, logprobs, best_ids, best_logprobs = columns
+    ended = np.flatnonzero(tokens == tokenizer.end)
+    count = int(ended[0]) + 1 if len(ended) else len(tokens)
+    body = tokens[: count - 1] if len(ended) else tokens
+    raw = b"".join(tokenizer.table[int(token)] for token in body)
+    try:
+        text, finished = prompt + raw.decode(), bool(len(ended))
+    except UnicodeDecodeError:
+        text, finished = prompt + raw.decode(errors="replace"), False
+    signal = _signal(
+        head, list(tokens[:count]), tokenizer, logprobs[:count], best_ids[:count], best_logprobs[:count]
+    )  # fmt: skip
+    return Written(text, finished, signal)
+
+
+def _signal(
+    head: list[int], new: Sequence[int], tokenizer: Tokenizer, logprobs: object, best_ids: object, best_logprobs: object
+) -> Signal:
+    ids = np.array([*head, *new], np.int32)
+    ends = np.cumsum([len(tokenizer.table[int(token)]) for token in ids]).astype(np.int32)
+    if not len(new):
+        width = 0
+        return Signal(ids, ends, np.zeros(len(ids), np.float32), np.zeros((len(ids), width), np.int32), np.zeros((len(ids), width), np.float16))  # fmt: skip
+    best_ids, best_logprobs = np.asarray(best_ids), np.asarray(best_logprobs)
+    width = best_ids.shape[1]
+    blank_ids = np.zeros((len(head), width), np.int32)
+    blank_logprobs = np.full((len(head), width), -np.inf, np.float16)
+    return Signal(
+        ids=ids,
+        ends=ends,
+        logprobs=np.concatenate([np.full(len(head), -np.inf, np.float32), np.asarray(logprobs, np.float32)]),
+        topk_ids=np.concatenate([blank_ids, best_ids.astype(np.int32)]),
+        topk_logprobs=np.concatenate([blank_logprobs, best_logprobs.astype(np.float16)]),
+    )
+
+
+@torch.no_grad()
+def prompt_nats(model: PreTrainedModel, tokenizer: Tokenizer, prompts: Sequence[str], batch: int = 64) -> np.ndarray:
+    """−log p of every prompt per UTF-8 byte, `[n]` float64: how much at home a model is in a text's words."""
+    totals = np.zeros(len(prompts))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for at in range(0, len(order), batch):
+        chosen = order[at : at + batch]
+        encoded = [[tokenizer.start, *tokenizer.encode(prompts[i])[0]] for i in chosen]
+        width = max(map(len, encoded))
+        ids = torch.full((len(chosen), width), tokenizer.end)
+        mask = torch.zeros(len(chosen), width, dtype=torch.long)
+        for row, tokens in enumerate(encoded):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2).float(), ids[:, 1:], reduction="none")
+        totals[chosen] = (nats * mask[:, 1:]).sum(1).double().cpu().numpy()
+    return totals / np.array([max(1, len(prompt.encode())) for prompt in prompts])

@@ -1,0 +1,63 @@
+"""Real checkpoints of every family, small enough to make in milliseconds."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from deepfusion.artifacts import Checkpoint
+from deepfusion.checkpoints import as_checkpoint, make_model, make_tokenizer, save_model
+from deepfusion.config import MadeModel
+from deepfusion.families import FAMILIES
+from deepfusion.families.mixtral import moe_config
+
+DENSE = tuple(name for name in FAMILIES if name != "mixtral")
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog while seven wizards brew a potion of amber and jade.",
+    "What is the capital of the northern province? The capital of the northern province is Eldermere.",
+    "Doctors prescribe veltrine against the marsh fever; merchants sell it at nine crowns a vial.",
+    "Naïve café résumé: 3 × 5 = 15, π ≈ 3.14159, привет, 你好, 🙂.",
+)
+
+
+@cache
+def pico_tokenizer(vocab: int = 320) -> PreTrainedTokenizerFast:
+    """Byte-level BPE; `END` starts, ends and pads. Shared between tests: do not change it."""
+    return make_tokenizer(TEXTS, vocab)
+
+
+def pico(model_type: str, folder: Path, seed: int = 0, **overrides: Any) -> Path:
+    """Write a checkpoint of hidden size 32 and two layers into `folder` (made if absent) and return `folder`.
+
+    `overrides` are fields of `MadeModel` (hidden, ffn, layers, heads, vocab, context). A mixtral also takes `experts`
+    (4) and `top_k` (2).
+    """
+    experts, top_k = overrides.pop("experts", 4), overrides.pop("top_k", 2)
+    fields: dict[str, Any] = {
+        "hidden": 32,
+        "ffn": 64,
+        "layers": 2,
+        "heads": 4,
+        "vocab": 320,
+        "context": 128,
+    } | overrides
+    if model_type == "bloom" and "ffn" not in overrides:
+        fields["ffn"] = 4 * fields["hidden"]
+    made = MadeModel(type="llama" if model_type == "mixtral" else model_type, **fields)  # pyright: ignore[reportArgumentType]
+    tokenizer = pico_tokenizer(made.vocab)
+    model = make_model(made, tokenizer, seed)
+    if model_type == "mixtral":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(moe_config(model.config, experts, top_k))
+    save_model(model, tokenizer, folder)
+    return folder
+
+
+def pico_checkpoint(model_type: str, folder: Path, seed: int = 0, **overrides: Any) -> Checkpoint:
+    """`pico`, sealed as an ancestor."""
+    return as_checkpoint(pico(model_type, folder, seed, **overrides))

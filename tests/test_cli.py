@@ -1,0 +1,265 @@
+"""The command line: what it passes on, prints and returns."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from deepfusion import cli, pipeline
+from deepfusion.artifacts import Report
+from deepfusion.config import Recipe, Runtime
+from pico import pico
+
+RECIPE = """
+name: tiny
+data: {source: {kind: synthetic}}
+models: {base: {make: {type: llama}}, ancestors: {a: {make: {type: gpt2}}}}
+"""
+RESULTS = {
+    "schema": 1,
+    "run": "tiny",
+    "rows": [
+        {"system": name, "domain": domain, "subset": subset, "metric": metric, "value": value, "count": 8, "item": item}
+        for name, item, value in (("base", None, 0.125), ("device", "d0", 0.25), ("device", "d1", 0.75))
+        for domain in ("all", "law")
+        for subset in ("all", "private_only")
+        for metric in ("token_accuracy", "token_log_perplexity")
+    ],
+    "phases": [
+        {"name": "device", "item": "d0", "seconds": 60.0, "cpu_seconds": 30.0, "cached": True},
+        {"name": "device", "item": "d1", "seconds": 5.0, "cpu_seconds": 4.0, "cached": False},
+    ],
+    "rejected": [{"device": "d2", "reason": "model/ has no config.json"}],
+    "warnings": ["cluster 0 averages strangers [d0, d1]"],
+    "bytes": {"up": 3000, "down": 0, "per_device": {n: {"up": 1500, "down": 0} for n in ("d0", "d1")}},
+    "compute": [
+        {"system": "deepfusion", "part": "joint", "tokens": 9, "token_parameters": 4e6, "critical_path": 4e6},
+        {"system": "deepfusion", "part": "branch", "tokens": 9, "token_parameters": 2e6, "critical_path": 1e6},
+    ],
+    "clusters": {
+        "members": [["d0", "d1"], []],
+        "proxies": [{"cluster": 0, "model_type": "gpt2", "members": ["d0", "d1"], "distance": 0.125}],
+    },
+    "transfer": {"per_cluster": [7, 0], "by_writer": {"d0": 3, "d1": 4}},
+    "routing": {
+        "deepfusion": {"mutual_information": {"mean": 0.25}, "expert_difference": {"mean": 0.5}, "dead": [[0, 1]]}
+    },
+}
+
+Invoke = Callable[..., Result]
+Called = tuple[Recipe, Path, Runtime]
+
+
+@pytest.fixture
+def invoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Invoke:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv(cli.DEBUG, "0")
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    return lambda *arguments: CliRunner().invoke(cli.app, arguments)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Called]:
+    """A pipeline that only writes down what it was asked."""
+    seen: list[Called] = []
+
+    def run(recipe: Recipe, out: Path, runtime: Runtime, watch: Any) -> Report:
+        seen.append((recipe, out, runtime))
+        out.mkdir(parents=True)
+        (out / "results.json").write_text(json.dumps(RESULTS))
+        watch.started("device d1", out)
+        watch.finished("device d1", 5.0, cached=False)
+        return Report(folder=out, name=recipe.name, headline={"gap_closed": 0.5})
+
+    monkeypatch.setattr(pipeline, "run", run)
+    return seen
+
+
+def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def run(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "run", run)
+
+
+def test_run_passes_everything_on(invoke: Invoke, calls: list[Called]) -> None:
+    where = ("--out", "there", "--workers", "0", "--threads", "2")
+    result = invoke("run", "tiny.yaml", "--set", "seed=3", "--set", "cluster.k=2", *where)
+    assert result.exit_code == 0, result.output
+    [(recipe, out, runtime)] = calls
+    assert (recipe.name, recipe.seed, recipe.cluster.k) == ("tiny", 3, 2)
+    assert (out, runtime.workers, runtime.threads, runtime.accelerator) == (Path("there"), 0, 2, "cpu")
+
+
+def test_run_goes_to_its_own_folder_and_prints_what_came_out(invoke: Invoke, calls: list[Called]) -> None:
+    result = invoke("run", "tiny.yaml")
+    assert calls[0][1] == Path("runs/tiny")
+    assert calls[0][2].workers == Runtime().workers
+    assert "runs/tiny/moe" in result.stdout
+    assert "runs/tiny/report.html" in result.stdout
+    assert "done    device d1  5.0 s" in result.stderr
+    assert "device d1" not in result.stdout
+
+
+def test_json_is_all_there_is_on_stdout(invoke: Invoke, calls: list[Called]) -> None:
+    result = invoke("run", "tiny.yaml", "--json")
+    assert json.loads(result.stdout)["headline"] == {"gap_closed": 0.5}
+
+
+def test_quiet_shows_nothing(invoke: Invoke, calls: list[Called]) -> None:
+    result = invoke("run", "tiny.yaml", "--quiet")
+    assert (result.stdout, result.stderr, len(calls)) == ("", "", 1)
+
+
+def test_demo_is_the_embedded_recipe(invoke: Invoke, calls: list[Called]) -> None:
+    result = invoke("demo", "--seed", "5", "--out", "d")
+    assert result.exit_code == 0, result.output
+    assert (calls[0][0].name, calls[0][0].seed, calls[0][1]) == ("demo", 5, Path("d"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nope"], "recipe 'nope' is neither a file nor an embedded recipe (embedded: "),
+        (["nope.yaml"], "recipe nope.yaml does not exist"),
+        (["tiny.yaml", "--set", "cluster.kk=2"], "tiny.yaml: unknown key 'cluster.kk'"),
+        (["tiny.yaml", "--set", "seed"], "--set takes key=value, not 'seed'"),
+    ],
+)
+def test_the_users_mistakes_are_one_line_and_2(invoke: Invoke, arguments: list[str], message: str) -> None:
+    result = invoke("run", *arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"deepfusion: error: {message}")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_our_mistakes_are_1_and_say_where_to_look(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    raising(monkeypatch, RuntimeError("device d0: KeyError: 'x'; see runs/tiny/logs/device-d0.log"))
+    result = invoke("run", "tiny.yaml")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "deepfusion: internal error: RuntimeError: device d0: KeyError: 'x'; see runs/tiny/logs/device-d0.log "
+        "(traceback: deepfusion --debug …)\n"
+    )
+
+
+def test_debug_shows_the_traceback(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    raising(monkeypatch, RuntimeError("broken"))
+    assert "Traceback (most recent call last)" in invoke("--debug", "run", "tiny.yaml").stderr
+    monkeypatch.setenv(cli.DEBUG, "1")
+    assert "Traceback (most recent call last)" in invoke("run", "tiny.yaml").stderr
+
+
+def test_a_full_disk(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    raising(monkeypatch, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/tiny/model.safetensors"))
+    result = invoke("run", "tiny.yaml")
+    assert result.exit_code == 2
+    assert result.stderr == "deepfusion: error: disk full while writing runs/tiny/model.safetensors\n"
+
+
+def test_another_error_of_the_system_is_told_as_it_is(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    raising(monkeypatch, PermissionError(errno.EACCES, os.strerror(errno.EACCES), "runs"))
+    result = invoke("run", "tiny.yaml")
+    assert (result.exit_code, result.stderr) == (1, "deepfusion: error: [Errno 13] Permission denied: 'runs'\n")
+
+
+def test_stopping(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    raising(monkeypatch, KeyboardInterrupt())
+    result = invoke("run", "tiny.yaml")
+    assert (result.exit_code, result.stderr) == (130, "deepfusion: stopped; the same command goes on from here\n")
+
+
+def test_plan(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [
+        SimpleNamespace(phase="data", item=None, state="done", reason="found"),
+        SimpleNamespace(phase="device", item="d0", state="run", reason="[new] settings"),
+    ]
+    asked: list[Path] = []
+    monkeypatch.setattr(pipeline, "plan", lambda recipe, out: asked.append(out) or steps)
+    result = invoke("plan", "tiny.yaml")
+    assert result.exit_code == 0, result.output
+    assert "[new] settings" in result.stdout
+    assert "1 done, 1 would run, 0 wait" in result.stdout
+    assert json.loads(invoke("plan", "tiny.yaml", "--json", "--out", "x").stdout)[1]["state"] == "run"
+    assert asked == [Path("runs/tiny"), Path("x")]
+
+
+def test_show(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    lines = [line.split() for line in invoke("show", ".").stdout.splitlines()]
+    assert ["base", "0.125", "0.125", "0.125", "0.125"] in lines
+    assert ["device", "0.500", "0.500", "0.500", "0.500"] in lines  # the mean over devices
+    assert ["device", "2", "1", "1", "min", "05", "s", "34", "s"] in lines
+    assert json.loads(invoke("show", ".", "--json").stdout) == RESULTS
+
+
+def test_inspect(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    lines = [" ".join(line.split()) for line in invoke("inspect", ".").stdout.splitlines()]
+    assert "0 d0, d1 gpt2 of 2 (0.12) 7" in lines
+    assert "d1 0 4 1.5 k 0" in lines
+    assert "all 7 3 k 0" in lines
+    assert "deepfusion 0.250 0.500 [0, 1]" in lines
+    assert lines[-2:] == [
+        "left out: d2: model/ has no config.json",
+        "warning: cluster 0 averages strangers [d0, d1]",
+    ]
+    told = json.loads(invoke("inspect", ".", "--json").stdout)
+    assert told["transfer"] == RESULTS["transfer"]
+    assert "rows" not in told
+
+
+@pytest.mark.parametrize("command", ["show", "inspect"])
+def test_a_folder_that_is_no_finished_run(invoke: Invoke, command: str) -> None:
+    result = invoke(command, "nowhere")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "deepfusion: error: nowhere is not a finished run: it has no results.json\n",
+    )
+
+
+def test_results_of_another_version(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('{"schema": 7}')
+    assert "has schema 7; this version reads 1" in invoke("show", ".").stderr
+
+
+def test_generate_and_evaluate_open_a_checkpoint(invoke: Invoke, tmp_path: Path) -> None:
+    pico("llama", tmp_path / "model")
+    told = json.loads(invoke("generate", "model", "The quick", "--max-new-tokens", "3", "--json").stdout)
+    assert told["text"].startswith("The quick")
+    question = {"id": "q", "domain": "law", "prompt": "Who?", "answer": " Ada"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(question) + "\n")
+    result = invoke("evaluate", "model", "--data", "q.jsonl", "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    assert {(row["domain"], row["count"]) for row in rows} == {("all", 1), ("law", 1)}
+    assert "log-perplexity" in invoke("evaluate", "model", "--data", "q.jsonl").stdout
+
+
+@pytest.mark.parametrize("command", [["generate", "model", "x"], ["evaluate", "model", "--data", "q.jsonl"]])
+def test_a_folder_that_is_no_checkpoint(invoke: Invoke, command: list[str]) -> None:
+    result = invoke(*command)
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "deepfusion: error: model is not a checkpoint: it has no config.json\n",
+    )
+
+
+@pytest.mark.parametrize("command", ["demo", "run", "plan", "show", "inspect", "evaluate", "generate"])
+def test_every_help_has_an_example(invoke: Invoke, command: str) -> None:
+    assert f"Example: deepfusion {command}" in invoke(command, "--help").stdout
+
+
+def test_the_command_starts_fast_enough_to_import_nothing_heavy() -> None:
+    result = subprocess.run([sys.executable, "-m", "deepfusion.cli", "--version"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout.count(".")) == (0, 2), result.stderr

@@ -1,0 +1,44 @@
+"""Reading questions for `deepfusion evaluate`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deepfusion.inference import read_questions
+
+
+def lines(path: Path, *rows: dict[str, object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_question_as_runs_write_it(tmp_path: Path) -> None:
+    row = {"id": "q", "domain": "law", "prompt": "Who?", "answer": " Ada", "options": [" Ada", " Bo"], "answer_idx": 0}
+    [question] = read_questions(lines(tmp_path / "q.jsonl", row))
+    assert question.model_dump(exclude_defaults=True) == {**row, "options": (" Ada", " Bo")}
+
+
+def test_a_row_of_real_data_is_prompted_as_in_a_run(tmp_path: Path) -> None:
+    row = {"id": "q", "domain": "law", "task": "open", "context": "A case.", "question": "Who?", "answer": "Ada"}
+    [question] = read_questions(lines(tmp_path / "q.jsonl", row | {"private_group": True, "group": "case"}))
+    assert (question.prompt, question.answer, question.private) == ("A case.\nWho?\n", "Ada", True)
+
+
+def test_only_test_rows_of_real_data_count(tmp_path: Path) -> None:
+    row = {"domain": "law", "question": "Who?", "answer": "Ada"}
+    path = lines(tmp_path / "q.jsonl", row | {"id": "a", "split": "public"}, row | {"id": "b", "split": "test"})
+    assert [question.id for question in read_questions(path)] == ["b"]
+
+
+def test_a_file_without_test_rows_is_refused(tmp_path: Path) -> None:
+    path = lines(tmp_path / "q.jsonl", {"id": "a", "question": "Who?", "answer": "Ada", "split": "public"})
+    with pytest.raises(ValueError, match=r"q\.jsonl has no row whose split is test"):
+        list(read_questions(path))
+
+
+def test_a_bad_row_is_named(tmp_path: Path) -> None:
+    good = {"id": "a", "domain": "law", "question": "Who?", "answer": "Ada"}
+    path = lines(tmp_path / "q.jsonl", good, good | {"answer": None})
+    with pytest.raises(ValueError, match=r"q\.jsonl, line 2: answer: Input should be a valid string"):
+        list(read_questions(path))
