@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from pico import TEXTS, pico, pico_checkpoint, pico_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, LlamaConfig
 
@@ -22,6 +21,7 @@ from deepfusion.checkpoints import (
     validate,
 )
 from deepfusion.weights import WEIGHTS, tensors, write
+from pico import TEXTS, pico, pico_checkpoint, pico_tokenizer
 
 
 def files(folder: Path) -> dict[str, bytes]:

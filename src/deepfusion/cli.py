@@ -85,7 +85,7 @@ def _told_in_one_line() -> Generator[None]:
         yield
     except KeyboardInterrupt:
         _leave("stopped; the same command goes on from here", 130)
-    except typer.Exit:
+    except (typer.Exit, BrokenPipeError):  # typer's own to handle
         raise
     except ValueError as error:
         _leave(f"error: {error}", 2)

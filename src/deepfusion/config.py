@@ -240,6 +240,7 @@ class TransferPhase(Section):
     answers_per_question: int = Field(default=1, ge=1)
     """How many of a cluster's writers answer a question (those most at home in its words)."""
     temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature of written text."""
     answer_temperature: float = Field(default=0.0, ge=0)
     """Sampling temperature of answers; 0 is greedy."""
     max_new_tokens: int = Field(default=48, ge=1)

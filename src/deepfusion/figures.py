@@ -68,8 +68,9 @@ def _svg(figure: Figure, name: str, title: str) -> str:
 
 
 def _figure(width: float, height: float, panels: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height))
     FigureCanvasSVG(figure)
+    figure.set_layout_engine("constrained", wspace=0.05)
     return figure, list(figure.subplots(1, panels, squeeze=False, **options)[0])
 
 
@@ -178,7 +179,7 @@ def routing(probabilities: Mapping[str, Sequence[Sequence[float]]]) -> str:
             part = values[:, layer]
             wide = experts > 16
             texts = None if wide else [[f"{value:.2f}".removeprefix("0") for value in line] for line in part]
-            _cells(axes, part / part.max(), texts)
+            _cells(axes, part / values.max(), texts)
             axes.set(xlim=(0, experts), ylim=(len(domains), 0))
             axes.set_title(f"layer {layer}")
             axes.spines[:].set_visible(False)

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from pico import DENSE, pico
 from transformers import PreTrainedModel
 
 from deepfusion.checkpoints import open_config, open_model, parameters, validate
 from deepfusion.config import MadeModel
 from deepfusion.families import FAMILIES, family
+from pico import DENSE, pico
 
 ALL = tuple(FAMILIES)
 PACKING = tuple(name for name, answers in FAMILIES.items() if answers.packs)
@@ -35,7 +35,7 @@ def test_roles_cover_every_tensor(name: str, tmp_path: Path) -> None:
     roles = {tensor: family(name).role(tensor) for tensor in model.state_dict()}
     assert set(roles.values()) == ROLES | ({"router"} if name == "mixtral" else set())
     assert len(family(name).layer_list(model)) == 2
-    with pytest.raises(ValueError, match="has no tensor 'classifier.weight'"):
+    with pytest.raises(ValueError, match=r"has no tensor 'classifier\.weight'"):
         family(name).role("classifier.weight")
 
 

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -6,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pico import pico
 
 from deepfusion.artifacts import Clusters, Proxy, Upload
-from deepfusion.checkpoints import as_checkpoint, open_model, validate
+from deepfusion.checkpoints import as_checkpoint, validate
 from deepfusion.config import ProxyPhase
 from deepfusion.phases.proxy import average, average_folders, by_lineage, mean, name_of
 from deepfusion.weights import WEIGHTS, tensors, write
+from pico import pico
 
 NORTH, EAST = bytes([0, 100]).hex(), bytes([100, 0]).hex()
 
@@ -156,13 +157,6 @@ def test_mixtures_are_refused_by_name(tmp_path: Path) -> None:
         average([one.model_copy(update={"tokens": 0})], 3, ProxyPhase(weights="tokens"), into=tmp_path)
 
 
-def test_averaging_different_ancestors_is_possible_only_by_mistake(tmp_path: Path) -> None:
-    """What the refusal protects from: the same two models without it would average without complaint."""
-    a, b = pico("llama", tmp_path / "a", seed=1), pico("llama", tmp_path / "b", seed=2)
-    average_folders([a, b], [1, 1], into=tmp_path / "mean")
-    assert open_model(tmp_path / "mean")(torch.tensor([[0, 40]])).logits.isfinite().all()
-
-
 def test_by_lineage(tmp_path: Path) -> None:
     one, two, three_ = three(tmp_path)
     gpt2 = two.model_copy(update={"lineage": "gpt2-x"})
@@ -199,8 +193,13 @@ def test_memory_does_not_grow_with_members(tmp_path: Path) -> None:
     for number, folder in enumerate(folders):
         folder.mkdir()
         write(folder, [(f"w{i}", torch.full((1024, 512), float(number))) for i in range(8)])  # 16 MiB
+    # glibc keeps freed blocks of this size for later unless told a threshold, and how many it keeps is chance.
     ran = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path), *map(str, folders)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEASURE, str(tmp_path), *map(str, folders)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"},
     )
-    assert int(ran.stdout) < 16 * 2**20
+    assert int(ran.stdout) < 2 * 2**20  # one tensor, let alone one of the ten further models
     assert float(dict(tensors(tmp_path / "all"))["w3"][5, 5]) == pytest.approx(5.5)

@@ -8,7 +8,7 @@ from deepfusion import figures
 from deepfusion.findings import Findings, headline, main_subset
 from deepfusion.metrics import ResultRow
 from deepfusion.page import costs, method, quality
-from deepfusion.page.parts import SUBSETS, Section, percent
+from deepfusion.page.parts import QUESTIONS, SUBSETS, Section, percent
 
 __all__ = ["sections", "summary", "tiles"]
 
@@ -41,8 +41,7 @@ def summary(findings: Findings, rows: Sequence[ResultRow]) -> str:
         text = f"{len(findings.uploads)} devices with models of type {', '.join(types)}{grouped} taught one MoE. "
     if "token_accuracy" not in facts:
         return text + "The MoE was not measured."
-    asked = "questions that only devices can answer" if main_subset(rows) == "private_only" else "all test questions"
-    text += f"On {asked} it predicts {percent(facts['token_accuracy'])} % of the answers' tokens"
+    text += f"On {QUESTIONS[main_subset(rows)]} it predicts {percent(facts['token_accuracy'])} % of the answers' tokens"
     others = {"base_token_accuracy": "the base model", "centralized_token_accuracy": "centralised training"}
     beside = [f"{percent(facts[key])} % for {name}" for key, name in others.items() if key in facts]
     return text + (f", against {' and '.join(beside)}." if beside else ".")

@@ -50,7 +50,7 @@ def _total(parts: Iterable[Compute]) -> Totals:
 
 
 def _numbers(total: Totals, divisor: float) -> list[str]:
-    return [f"{total[0]:,}", *(f"{number / divisor:,.2f}" for number in total[1:])]
+    return [f"{total[0]:,}", *(f"{number / divisor:,.3f}" for number in total[1:])]
 
 
 def traffic(findings: Findings) -> Section | None:

@@ -32,10 +32,7 @@ def clusters(findings: Findings) -> Section | None:
         members.append([str(cluster), listed(group), models, shares, written])
     tables = [Table(["cluster", "devices", "models", "their documents", "texts written"], members, texts=4)]
     if findings.proxies:
-        heads, caption = (
-            ["cluster", "proxy", "mean of", "distance"],
-            "Distance: largest relative L2 distance of a member.",
-        )
+        heads, caption = ["cluster", "proxy", "mean of", "distance"], "Distance: relative L2, of the farthest member."
         taught = [
             [str(proxy.cluster), proxy.model_type, listed(proxy.members), f"{proxy.distance:.3f}"]
             for proxy in sorted(findings.proxies, key=lambda proxy: (proxy.cluster, proxy.lineage))
@@ -54,7 +51,9 @@ def transfer(findings: Findings) -> Section | None:
         return None
     notice = " ".join(found.notices) or (WRITTEN_BY_DEVICES if found.private_text_risk else "")
     counts = [[name.replace("_", " "), f"{number:,}"] for name, number in found.counts.items()]
-    return Section("transfer", "Text that teaches", notice=notice, tables=[Table(["documents", "number"], counts)])
+    writers = listed([f"{writer} ({number:,})" for writer, number in found.by_writer.items() if number])
+    text = [f"Writers, and how many texts each wrote: {writers}."] if writers else []
+    return Section("transfer", "Text that teaches", text, notice, tables=[Table(["documents", "number"], counts)])
 
 
 def routing(findings: Findings) -> Section | None:

@@ -29,6 +29,7 @@ REFERENCES = {
 }
 SUBSETS: dict[Subset, str] = {"private_only": "only devices know", "public": "public", "all": "all questions"}
 METRICS = {"token_accuracy": "accuracy, %", "token_log_perplexity": "log-perplexity", "choice_accuracy": "choice, %"}
+QUESTIONS: dict[Subset, str] = {"private_only": "questions that only devices can answer", "all": "all test questions"}
 LISTED = 12
 
 

@@ -10,7 +10,18 @@ from markupsafe import Markup
 from deepfusion import figures
 from deepfusion.findings import BASE, CEILING, RESULT, main_subset, mean
 from deepfusion.metrics import ResultRow, Subset
-from deepfusion.page.parts import METRICS, REFERENCES, STAGES, SUBSETS, Section, Table, label, share_of_gap, value
+from deepfusion.page.parts import (
+    METRICS,
+    QUESTIONS,
+    REFERENCES,
+    STAGES,
+    SUBSETS,
+    Section,
+    Table,
+    label,
+    share_of_gap,
+    value,
+)
 
 
 def results(rows: Sequence[ResultRow]) -> Section:
@@ -39,7 +50,7 @@ def results(rows: Sequence[ResultRow]) -> Section:
     text = (
         "Accuracy is the share of the answers' tokens that the model would choose itself, given those before. "
         "Log-perplexity is in nats per answer token. Choice: the right option has the highest likelihood per byte. "
-        f"Gap closed, on accuracy ({SUBSETS[subset]}): how far a system has come from the base model towards "
+        f"Gap closed: how far accuracy on {QUESTIONS[subset]} has come from the base model's towards that of "
         "centralised training."
     )
     return Section("results", "Results", [text], tables=[table])
@@ -58,7 +69,7 @@ def stages(rows: Sequence[ResultRow]) -> Section | None:
         for system in _systems(rows)
         if (accuracy := mean(rows, system, "token_accuracy", subset)) is not None
     ]
-    text = f"Answers: {SUBSETS[subset]}. Plain bars are stages of this run, in order; hatched bars are references."
+    text = f"On {QUESTIONS[subset]}. Plain bars are stages of this run, in order; hatched bars are references."
     return Section("stages", "Quality by stage", [text], figures=[Markup(figures.quality(bars))]) if bars else None
 
 
@@ -79,7 +90,7 @@ def domains(rows: Sequence[ResultRow]) -> Section | None:
         strong=_ours(systems),
         best=_best(values, systems, [False] * len(names)),
     )
-    text = f"Token accuracy in %, {SUBSETS[subset]}; the number of questions in brackets."
+    text = f"Token accuracy in % on {QUESTIONS[subset]}; how many in brackets."
     return Section("domains", "By domain", [text], tables=[table])
 
 

@@ -47,7 +47,9 @@ def evaluate(
         ValueError: names the question that has no answer or whose answer is longer than the context; or there is none.
     """
     path = corpus.test if isinstance(corpus, Corpus) else corpus
-    folder = model.model if isinstance(model, Upload | Proxy) else model.folder if isinstance(model, Checkpoint) else model
+    folder = (
+        model.model if isinstance(model, Upload | Proxy) else model.folder if isinstance(model, Checkpoint) else model
+    )
     questions = list(read_jsonl(path, Question))
     if not questions:
         raise ValueError(f"{path} holds no question to evaluate on")
