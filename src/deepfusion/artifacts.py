@@ -1,7 +1,8 @@
 """What each phase hands to the next: a folder, its digest, and a few typed facts about it.
 
-An artifact never holds tensors or text itself. Its `digest` is computed from the content of its folder and its fields, so
-two artifacts with one digest are interchangeable; `folder` is where it happens to lie and is not part of it.
+An artifact never holds tensors or text itself. Its `digest` is computed from the content of its folder and its
+fields, so two artifacts with one digest are interchangeable; `folder` is where it happens to lie and is not part of
+it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def file_digest(path: Path) -> str:
 
 
 def folder_digest(folder: Path, fields: dict[str, Any]) -> str:
-    """SHA-256 over a folder's files, by name and content (hidden ones, `RECORD` and `MANIFEST` aside), and an artifact's fields."""
+    """SHA-256 over an artifact's fields and its folder's files, by name and content; not hidden ones or records."""
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
@@ -224,7 +225,7 @@ class Proxy(Artifact):
 
 
 class Writing(Artifact):
-    """What one cluster's models wrote: `documents.jsonl`, and `signals/<writer>.safetensors` with their probabilities."""
+    """What one cluster's models wrote: `documents.jsonl`, and their probabilities: `signals/<writer>.safetensors`."""
 
     cluster: int
     counts: dict[str, int]  # kind → kept; "dropped …" → dropped

@@ -82,7 +82,7 @@ def open_config(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"{path} is not a valid config: {' '.join(str(error).split())}") from error
 
 
-def open_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def open_model(folder: Path, dtype: torch.dtype = torch.float32, accelerator: str = "cpu") -> PreTrainedModel:
     """Load a checkpoint for inference (`eval` mode), with transformers' SDPA attention where the family has it.
 
     Raises:
@@ -104,6 +104,7 @@ def open_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     for kind in ("missing_keys", "mismatched_keys"):
         if told[kind]:
             raise ValueError(f"{folder}: {kind.replace('_', ' ')}: {', '.join(map(str, sorted(told[kind])))}")
+    model.to(torch.device(accelerator))  # pyright: ignore[reportArgumentType] (`wraps` hides that `to` is a method)
     return model.eval()
 
 

@@ -1,6 +1,8 @@
-"""The recipe: every choice that changes the answer, one frozen section per phase; and `Runtime`, which changes the speed.
+"""The recipe: every choice that changes the answer, one frozen section per phase; and `Runtime`, which changes the
+speed.
 
-A recipe is a YAML file. Unknown keys are refused by name; defaults are what measured best (`docs/decisions.md` says where).
+A recipe is a YAML file. Unknown keys are refused by name; defaults are what measured best (`docs/decisions.md` says
+where).
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 ModelType = Literal["gpt2", "llama", "opt", "bloom", "gpt_neox", "qwen2", "qwen3", "olmo2", "gemma3_text"]
 
@@ -233,14 +235,14 @@ class TransferPhase(Section):
     """Whose models write: the devices' own, or the averaged proxies."""
     max_writers: int = Field(default=64, ge=1)
     """A cluster with more devices than this is written for by its proxies, so that the server's work stays bounded."""
-    max_copies: int = Field(default=1, ge=1)
+    max_copies: int = Field(default=3, ge=1)
     """Identical written texts are kept at most this often; the others are dropped and counted."""
     sampled_per_cluster: int = Field(default=600, ge=0)
     """Documents written per cluster, shared among its writers: the server's work does not grow with N."""
     answers_per_question: int = Field(default=1, ge=1)
     """How many of a cluster's writers answer a question (those most at home in its words)."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature of written text."""
+    temperature: float = Field(default=0.7, gt=0)
+    """Sampling temperature of written text: below 1, models write less that they do not know."""
     answer_temperature: float = Field(default=0.0, ge=0)
     """Sampling temperature of answers; 0 is greedy."""
     max_new_tokens: int = Field(default=48, ge=1)
@@ -259,6 +261,9 @@ class LogitsObjective(Section):
     kind: Literal["logits"] = "logits"
     beta: float = Field(default=10.0, ge=0)
     """Weight of the KL to the teachers (β, Eq. 11)."""
+    label_teaches: bool = True
+    """Where there is no teacher, let the label stand in for one (the KL to a one-hot distribution), so that β does not
+    drown public text in what teachers wrote."""
     temperature: float = Field(default=1.0, gt=0)
     """Softmax temperature of the KL; other than 1 only for teachers asked after the fact."""
     span_weight: float = Field(default=1.0, ge=0)
@@ -323,6 +328,11 @@ class DistillPhase(Section):
     """What a branch may change: ffn keeps everything that assembly averages (Eq. 13) as it was."""
     training: Training = Training()
 
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _logits_unless_said(cls, value: Any) -> Any:
+        return {"kind": "logits", **value} if isinstance(value, dict) else value
+
 
 class AssemblePhase(Section):
     """Phase III, first half: K students become one MoE (Eq. 12, 13)."""
@@ -333,7 +343,7 @@ class AssemblePhase(Section):
     """Initial router rows: the mean hidden state of each domain's text, or small random numbers."""
     router_scale: float = Field(default=1.0, gt=0)
     """Standard deviation over tokens of the initial router logits from hidden means."""
-    router_tokens: int = Field(default=20_000, ge=1)
+    router_tokens: int = Field(default=5_000, ge=1)
     """Tokens of each cluster's text that the hidden means are taken over."""
 
 

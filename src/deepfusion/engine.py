@@ -1,8 +1,7 @@
-"""Runs steps as soon as what they depend on is there: those already in the store at once, the rest in worker processes."""
+"""Runs steps as soon as what they depend on is there: those in the store at once, the rest in worker processes."""
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import os
@@ -23,7 +22,7 @@ from typing import Any, Literal, Protocol, Self, TypeVar, cast
 from deepfusion.artifacts import Artifact
 from deepfusion.config import Runtime
 from deepfusion.store import Facts, Step, Store
-from deepfusion.worker import ERROR, call, settle
+from deepfusion.worker import call, described, settle
 
 A = TypeVar("A", bound=Artifact)
 
@@ -65,7 +64,11 @@ class Silent:
 
 
 class StepError(RuntimeError):
-    """A step broke in a way that is not the user's mistake."""
+    """A step broke in a way that is not the user's mistake; `reason` says how, without the place of its log."""
+
+    def __init__(self, reason: str, log: Path | None = None) -> None:
+        super().__init__(reason if log is None else f"{reason}; see {log}")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class Engine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         with self._lock:
             self._closed = True
         if kind is not None:
@@ -120,10 +123,10 @@ class Engine:
         def settle_one(_: object = None) -> None:
             if waits_for and next(left) > 0:
                 return
-            broken = next((f.exception() for f in waits_for if f.exception() is not None), None)
+            broken = next((f for f in waits_for if f.cancelled() or f.exception() is not None), None)
             if broken is not None:
                 self._held_back(phase, item)
-                future.set_exception(broken)
+                future.cancel() if broken.cancelled() else future.set_exception(broken.exception())
                 return
             try:
                 step = Step(phase, item, function, version, gives, _resolved(arguments), also_keyed_by, unkeyed or {})
@@ -167,9 +170,8 @@ class Engine:
                 future.cancel()
                 continue
             try:
-                if self.runtime.workers and worker is None:
-                    worker = _start_worker()
-                    self._workers.append(worker)
+                if self.runtime.workers and (worker is None or worker.poll() is not None):
+                    worker = self._hire()
                 future.set_result(self._build(step, worker))
             except BaseException as error:
                 if not self._closed:
@@ -178,6 +180,14 @@ class Engine:
         if worker is not None and worker.stdin is not None:
             worker.stdin.close()
             worker.wait()
+
+    def _hire(self) -> subprocess.Popen[bytes]:
+        with self._lock:  # so that leaving the engine misses no worker
+            if self._closed:
+                raise StepError("the run is over")
+            worker = _start_worker()
+            self._workers.append(worker)
+        return worker
 
     def _build(self, step: Step[A], worker: subprocess.Popen[bytes] | None) -> A:
         into = self.store.begin(step)
@@ -195,7 +205,10 @@ class Engine:
     def _run_here(self, step: Step[Any], into: Path) -> Facts:
         settle(self.runtime)
         wall, cpu = time.monotonic(), time.process_time()
-        call(step.function, step.arguments | step.unkeyed, into, self.runtime)
+        try:
+            call(step.function, step.arguments | step.unkeyed, into, self.runtime)
+        except Exception as error:
+            raise _told(step, described(error, into)) from error
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return Facts(time.monotonic() - wall, time.process_time() - cpu, peak)
 
@@ -219,25 +232,29 @@ class Engine:
             raise StepError(f"{step.name}: the worker process is gone") from None
         answer = worker.stdout.readline()
         if not answer:
-            raise StepError(f"{step.name}: the worker process ended; its last words are in {log}")
+            worker.wait()
+            raise StepError(f"{step.name}: the worker process ended", log)
         facts = cast(dict[str, Any], json.loads(answer))
         if facts["status"] == 0:
             return Facts(facts["seconds"], facts["cpu_seconds"], facts["peak_bytes"])
-        error = into / ERROR
-        if not error.exists():
+        if facts["error"] is None:
             killed = signal.Signals(-facts["status"]).name if facts["status"] < 0 else f"exit {facts['status']}"
             hint = " (out of memory?)" if killed == "SIGKILL" else ""
-            raise StepError(f"{step.name}: its process ended with {killed}{hint}; see {log}")
-        told = cast(dict[str, Any], json.loads(error.read_text()))
-        error.unlink()
-        if told["kind"] == "user":
-            raise ValueError(f"{step.name}: {told['message']}")
-        if told["kind"] == "disk":
-            raise OSError(told["errno"] or errno.EIO, f"{step.name}: {told['message']}")
-        raise StepError(f"{step.name}: {told['message']}; see {log}")
+            raise StepError(f"{step.name}: its process ended with {killed}{hint}", log)
+        raise _told(step, facts["error"], log)
 
 
-class NotYetRun(Exception):
+def _told(step: Step[Any], error: dict[str, Any], log: Path | None = None) -> Exception:
+    """What a step's error is to the outside, the same wherever the step ran."""
+    message = f"{step.name}: {error['message']}"
+    if error["kind"] == "user":
+        return ValueError(message)
+    if error["kind"] == "system":
+        return OSError(error["errno"], message)
+    return StepError(message, log)
+
+
+class NotYetRunError(Exception):
     """What a planner says of a step that is not in the store."""
 
 
@@ -270,7 +287,7 @@ class Planner(Engine):
         under_way = self.store.partial(step).is_dir()
         reason = "goes on from where it was interrupted" if under_way else "not in the store"
         self.steps.append(PlannedStep(step.phase, step.item, "run", reason))
-        future.set_exception(NotYetRun(step.name))
+        future.set_exception(NotYetRunError(step.name))
 
 
 def _start_worker() -> subprocess.Popen[bytes]:

@@ -1,7 +1,7 @@
 """The method on one screen: device, upload, cluster, proxy, transfer, distill, assemble, tune, evaluate, report.
 
-Each line takes what earlier lines returned. Steps start as soon as what they need is there, and are looked up in the run's store
-first; so the order below is the order of the method, not of the clock.
+Each line takes what earlier lines returned. Steps start as soon as what they need is there, and are looked up in the
+run's store first; so the order below is the order of the method, not of the clock.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from deepfusion.artifacts import (
     file_digest,
 )
 from deepfusion.config import FileData, ModelSource, Recipe, Runtime, VAAObjective
-from deepfusion.engine import Engine, NotYetRun, PlannedStep, Planner, Watcher
+from deepfusion.engine import Engine, NotYetRunError, PlannedStep, Planner, StepError, Watcher
 from deepfusion.store import Store, link_tree
 
 A = TypeVar("A", bound=Artifact)
@@ -87,7 +87,7 @@ def plan(recipe: Recipe, out: str | Path | None = None) -> list[PlannedStep]:
     planner = Planner(Store(out / "steps"), Runtime())
     try:
         _Method(recipe, planner).report()
-    except NotYetRun:
+    except NotYetRunError:
         planner.steps.append(PlannedStep("…", None, "wait", "which further steps there are depends on those above"))
     return planner.steps
 
@@ -220,16 +220,16 @@ class _Method:
         return self.go(Checkpoint, "make", name, made=source.make, corpus=corpus, seed=seed)
 
     def arrivals(self, uploads: dict[str, Future[Upload]]) -> tuple[dict[str, Upload], dict[str, str]]:
-        """What devices sent, and why others sent nothing: a broken device never takes the run down, a wrong recipe does."""
+        """What devices sent, and why others did not: a broken device never takes the run down, a wrong recipe does."""
         arrived: dict[str, Upload] = {}
         failures: dict[str, str] = {}
         for device, upload in uploads.items():
             try:
                 arrived[device] = upload.result()
-            except (ValueError, OSError, NotYetRun):
+            except (ValueError, OSError, NotYetRunError):
                 raise
             except Exception as error:
-                failures[device] = str(error)
+                failures[device] = error.reason if isinstance(error, StepError) else str(error)
                 self.engine.watch.message(f"{device} is left out: {error}")
         return arrived, failures
 
@@ -350,9 +350,7 @@ def _assigned(devices: list[str], recipe: Recipe) -> dict[str, str]:
     return {device: names[(n + n // len(names)) % len(names)] for n, device in enumerate(devices)}
 
 
-def _by_cluster_and_lineage(
-    uploads: list[Upload], clusters: Clusters, by_type: bool
-) -> list[tuple[int, list[Upload]]]:
+def _by_cluster_and_lineage(uploads: list[Upload], clusters: Clusters, by_type: bool) -> list[tuple[int, list[Upload]]]:
     """Who is averaged with whom. Clusters that claim to be type-pure are not split: mixing is then refused by name."""
     groups: dict[tuple[int, str], list[Upload]] = {}
     for upload in uploads:

@@ -1,8 +1,8 @@
 """What teachers said about documents, kept on disk: the loss cannot tell a cached teacher from a live one.
 
-One file holds one teacher's signals on many documents, in the teacher's own tokens. A writer's signals are free: they are
-computed while it writes. All of a document's tokens are kept, with the start and end tokens; the first row of each document (the
-start token, which nothing predicts) is zero.
+One file holds one teacher's signals on many documents, in the teacher's own tokens. A writer's signals are free: they
+are computed while it writes. All of a document's tokens are kept, with the start and end tokens; the first row of
+each document (the start token, which nothing predicts) is zero.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Content-addressed step folders: a step is found again by what it depends on, and exists only once it is whole.
 
-`<root>/<phase>/<item>-<key>/` holds a finished artifact and its `manifest.json`; the same name with `.partial` holds one under
-way. The manifest is written last and the folder then renamed, so a crash at any moment leaves either nothing, something to go on
-from, or the finished step.
+`<root>/<phase>/<item>-<key>/` holds a finished artifact and its `manifest.json`; the same name with `.partial` holds
+one under way. The manifest is written last and the folder then renamed, so a crash at any moment leaves either
+nothing, something to go on from, or the finished step.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Store:
         """What was written down about the finished step."""
         try:
             manifest = json.loads((self.folder(step) / MANIFEST).read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (FileNotFoundError, ValueError):
             return None
         return manifest if manifest.get("key") == step.key else None
 
@@ -116,12 +116,11 @@ class Store:
     def finish(self, step: Step[A], facts: Facts) -> A:
         """Seal a built step: drop scratch files, write the manifest, rename."""
         partial, folder = self.partial(step), self.folder(step)
-        for scratch in sorted(partial.glob(".*")):
+        # An attempt that ended between the manifest and the renaming has left one, and files it was still writing.
+        for scratch in sorted([*partial.glob(".*"), *partial.rglob("*.tmp"), *partial.glob(MANIFEST)]):
             shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink()
         record = json.loads((partial / RECORD).read_text(encoding="utf-8"))
-        files = {
-            p.relative_to(partial).as_posix(): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()
-        }
+        files = {p.relative_to(partial).as_posix(): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
         artifact = step.gives(folder=folder, digest=folder_digest(partial, record), **record)
         manifest = {
             "phase": step.phase,
@@ -149,7 +148,7 @@ class Store:
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """Copy a folder's visible files by hard link where the disk allows it, else by content; not what makes it a step."""
+    """Copy a folder's visible files, by hard link where the disk allows it; not what makes it a step."""
     for path in sorted(p for p in source.rglob("*") if p.is_file()):
         relative = path.relative_to(source)
         if relative.name.startswith(".") or relative.as_posix() in (RECORD, MANIFEST):
@@ -158,6 +157,6 @@ def link_tree(source: Path, target: Path) -> None:
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.unlink(missing_ok=True)
         try:
-            os.link(path, copy)
+            os.link(path.resolve(), copy)  # the file itself: a relative link would lead nowhere from here
         except OSError:
             shutil.copy2(path, copy)

@@ -64,9 +64,7 @@ def learn(
     checking = (
         Schedule(heldout, sum(map(len, heldout)), training, packs=kind.packs, seed=seed) if len(heldout) else None
     )
-    done = fit(
-        learner, schedule, training, seed=seed, into=into, runtime=runtime, heldout=checking, patience=patience
-    )
+    done = fit(learner, schedule, training, seed=seed, into=into, runtime=runtime, heldout=checking, patience=patience)
     checkpoints.save_model(model, checkpoints.open_tokenizer(student.folder), into)
     active = student.active_parameters
     return checkpoints.as_checkpoint(
@@ -91,10 +89,12 @@ def transfer_lessons(
     """The transfer set as lessons for `student`: each document with its teacher's signals, in the student's tokens.
 
     Args:
-        teachings: what teachers said after the fact. Without any, a document's teacher is its writer, by the probabilities
+        teachings: what teachers said after the fact. Without any, a document's teacher is its writer, by the
+        probabilities
             kept while writing, and public documents have none.
         cluster: only what this cluster knows; none: everything.
-        ask: `writers`: one lesson per document; `proxies`: one per document and teacher of the document's cluster (or of
+        ask: `writers`: one lesson per document; `proxies`: one per document and teacher of the document's cluster (or
+        of
             `cluster`, which is then asked about every public document, as published).
         only_public: leave out written documents.
     """

@@ -1,4 +1,4 @@
-"""The one way anything is trained here: transformers' Trainer around a model, an objective and a schedule of batches."""
+"""The one way anything is trained: transformers' Trainer around a model, an objective and a schedule of batches."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ COMPLETE = "complete"
 class Learner(nn.Module):
     """A student and what it is trained on. The objective's parameters stay here: a saved student has only its own.
 
-    With `balance`, a MoE's load-balance loss is added; with `ownership`, a cross-entropy that sends every token of a document
-    to the expert of the cluster that knows the document.
+    With `balance`, a MoE's load-balance loss is added; with `ownership`, a cross-entropy that sends every token of a
+    document to the expert of the cluster that knows the document.
     """
 
     accepts_loss_kwargs = False  # the objective normalises; Trainer must not do it again
@@ -56,7 +56,10 @@ class Learner(nn.Module):
             config = self.student.config
             real = (batch["document"] >= 0).to(loss.dtype)
             loss = loss + self.balance * load_balancing_loss_func(
-                outputs.router_logits, config.num_local_experts, config.num_experts_per_tok, real
+                outputs.router_logits,  # pyright: ignore[reportArgumentType] (its `tuple[Tensor]` means any length)
+                config.num_local_experts,
+                config.num_experts_per_tok,
+                real,
             )
         if self.ownership:
             owner = batch["cluster"].reshape(-1)
@@ -97,13 +100,17 @@ def run(
     if not router_logits:
         outputs: Any = model(**inputs, use_cache=False, output_hidden_states=hidden_states)
         return Outputs(outputs.logits, outputs.hidden_states if hidden_states else None, ())
-    # Not through the head's own forward: with router logits it works out a load-balance loss of its own, and cannot with a
-    # four-dimensional mask.
-    outputs = model.base_model(
-        **inputs, use_cache=False, output_hidden_states=hidden_states, output_router_logits=True
-    )
-    logits = model.get_output_embeddings()(outputs.last_hidden_state)
+    # Not through the head's own forward: with router logits it works out a load-balance loss of its own, and cannot
+    # with a four-dimensional mask.
+    outputs = model.base_model(**inputs, use_cache=False, output_hidden_states=hidden_states, output_router_logits=True)
+    logits = _head(model)(outputs.last_hidden_state)
     return Outputs(logits, outputs.hidden_states if hidden_states else None, outputs.router_logits)
+
+
+def _head(model: PreTrainedModel) -> nn.Module:
+    head = model.get_output_embeddings()
+    assert head is not None, "a causal language model has an output head"
+    return head
 
 
 def _isolated(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -128,7 +135,7 @@ class Fit:
 
 
 class _Bookkeeper(TrainerCallback):
-    """Progress, the loss curve, and checkpoints by the clock: what they hold does not depend on when they were taken."""
+    """Progress, the loss curve, and checkpoints by the clock; what they hold does not depend on when they are taken."""
 
     def __init__(self, into: Path, schedule: Schedule, seconds: float) -> None:
         self.into, self.seconds = into, seconds
@@ -171,8 +178,8 @@ def fit(
 ) -> Fit:
     """Train in place, resuming from what an interrupted attempt left in `into`.
 
-    With `heldout`, its loss is measured `evaluations` times; training stops after `patience` of them without improvement and
-    the best weights are kept. An uninterrupted and a resumed training give the same bits.
+    With `heldout`, its loss is measured `evaluations` times; training stops after `patience` of them without
+    improvement and the best weights are kept. An uninterrupted and a resumed training give the same bits.
     """
     scratch = into / SCRATCH
     resume_from = _latest_complete(scratch)
@@ -211,6 +218,9 @@ def fit(
         seed=seed,
         log_level="error",
     )
+    callbacks: list[TrainerCallback] = [bookkeeper]
+    if heldout is not None:
+        callbacks.append(EarlyStoppingCallback(patience))
     set_seed(seed)
     trainer = _Trainer(
         model=learner,
@@ -218,7 +228,7 @@ def fit(
         train_dataset=schedule,
         eval_dataset=heldout,
         data_collator=collate,
-        callbacks=[bookkeeper] + ([EarlyStoppingCallback(patience)] if heldout is not None else []),
+        callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
@@ -226,8 +236,6 @@ def fit(
     taken = trainer.state.global_step
     losses = tuple((int(e["step"]), round(float(e["loss"]), 6)) for e in trainer.state.log_history if "loss" in e)
     return Fit(taken, round(schedule.tokens * taken / steps), losses)
-
-
 
 
 def _latest_complete(scratch: Path) -> Path | None:

@@ -1,17 +1,19 @@
 """A process that runs steps: it imports torch once, then forks a fresh child for every step it is told to run.
 
 A child of its own gives each step its own peak memory, lets one be killed without the others noticing, and costs
-milliseconds instead of the seconds that importing torch takes. The protocol is private to `engine`: length-prefixed pickles on
-stdin, JSON lines on stdout.
+milliseconds instead of the seconds that importing torch takes. The protocol is private to `engine`: length-prefixed
+pickles on stdin, JSON lines on stdout.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
 import inspect
 import json
 import os
 import pickle
+import shutil
 import signal
 import struct
 import sys
@@ -21,8 +23,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-ERROR = ".error.json"
+# Every step needs these, and they are slow to import: once before forking, instead of once per step.
+PRELOADED = ("accelerate", "sklearn.cluster", "torch", "transformers.trainer", "deepfusion.preload")
 POLL_SECONDS = 0.01
+LONGEST_MESSAGE = 2000  # characters: what is told about an error must fit into a pipe at once
 
 
 def call(function: str, arguments: dict[str, Any], into: Path, runtime: Any) -> None:
@@ -43,31 +47,49 @@ def settle(runtime: Any) -> None:
     transformers.logging.disable_progress_bar()
 
 
-def _run_child(task: dict[str, Any], log: Path) -> None:
-    parent = os.getppid()
+def described(error: BaseException, into: Path) -> dict[str, Any]:
+    """Whose error it is (`user`, `system` or `crash`), in which words, and the system's number of it, if any.
 
-    def die_with_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
+    Libraries word a full disk in their own ways (safetensors keeps the system's words, torch does not), so a crash
+    with no room left is taken for one.
+    """
+    if isinstance(error, OSError):
+        kind, number = "system", error.errno or errno.EIO
+    elif isinstance(error, ValueError):
+        kind, number = "user", None
+    elif os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(into).free < 2**16:
+        kind, number = "system", errno.ENOSPC
+    else:
+        kind, number = "crash", None
+    message = f"{type(error).__name__}: {error}" if kind == "crash" else str(error)
+    return {"kind": kind, "message": message[:LONGEST_MESSAGE], "errno": number}
 
-    threading.Thread(target=die_with_parent, daemon=True).start()
+
+def _watch_parent(parent: int, over: threading.Event) -> None:
+    """End this process when its parent is gone, until `over`."""
+    while os.getppid() == parent:
+        if over.wait(0.2):
+            return
+    os._exit(1)
+
+
+def _run_child(task: dict[str, Any], parent: int, tell: int) -> None:
+    threading.Thread(target=_watch_parent, args=(parent, threading.Event()), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
     try:
+        log: Path = task["log"]
+        log.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
         settle(task["runtime"])
         call(task["function"], task["arguments"], task["into"], task["runtime"])
     except BaseException as error:
-        traceback.print_exc()
-        sys.stderr.flush()
-        kind = "user" if isinstance(error, ValueError) else "disk" if isinstance(error, OSError) else "crash"
-        message = f"{type(error).__name__}: {error}" if kind == "crash" else str(error)
-        facts = {"kind": kind, "message": message, "errno": getattr(error, "errno", None)}
-        (task["into"] / ERROR).write_text(json.dumps(facts))
-        os._exit(1)
+        try:
+            os.write(tell, json.dumps(described(error, task["into"])).encode())  # not by a file: the disk may be full
+            traceback.print_exc()
+        finally:
+            os._exit(1)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
@@ -75,23 +97,24 @@ def _run_child(task: dict[str, Any], log: Path) -> None:
 
 def main() -> None:
     """Serve steps until stdin closes or the parent is gone."""
-    parent = os.getppid()
+    parent, imported = os.getppid(), threading.Event()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's to handle
+    watch = threading.Thread(target=_watch_parent, args=(parent, imported), daemon=True)
+    watch.start()
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    import accelerate  # noqa: F401  (imported before forking: every child needs it, and it is slow)
-    import sklearn.cluster  # noqa: F401
-    import torch  # noqa: F401
-    import transformers.trainer  # noqa: F401
-
-    import deepfusion.preload  # noqa: F401
-
+    for module in PRELOADED:
+        importlib.import_module(module)
+    imported.set()
+    watch.join()  # forking is for processes of one thread
     while header := requests.read(4):
-        task = pickle.loads(requests.read(struct.unpack("<I", header)[0]))  # noqa: S301  (from our own parent)
+        task = pickle.loads(requests.read(struct.unpack("<I", header)[0]))
         started = time.monotonic()
-        child = os.fork()
+        told, tell = os.pipe()
+        own, child = os.getpid(), os.fork()
         if child == 0:
-            _run_child(task, task["log"])
+            _run_child(task, own, tell)
+        os.close(tell)
         while True:
             done, status, usage = os.wait4(child, os.WNOHANG)
             if done:
@@ -100,7 +123,10 @@ def main() -> None:
                 os.kill(child, signal.SIGKILL)
                 os._exit(1)
             time.sleep(POLL_SECONDS)
+        with os.fdopen(told, "rb") as stream:
+            error = stream.read()
         facts = {
+            "error": json.loads(error) if error else None,
             "status": os.waitstatus_to_exitcode(status),
             "seconds": time.monotonic() - started,
             "cpu_seconds": usage.ru_utime + usage.ru_stime,

@@ -1,4 +1,4 @@
-"""Language models writing: batched sampling that keeps, with every token, what the model thought of the alternatives."""
+"""Models write: batched sampling that keeps, with every token, what the model thought of the alternatives."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def write(
 ) -> list[Written]:
     """Continue every prompt ("" writes from nothing) until its end token or `max_new_tokens`, as one batch.
 
-    Only the last position's logits ever exist. `temperature` 0 is greedy; the probabilities kept are the model's own, at
-    temperature 1. A text whose bytes are not UTF-8 counts as unfinished.
+    Only the last position's logits ever exist. `temperature` 0 is greedy; the probabilities kept are the model's own,
+    at temperature 1. A text whose bytes are not UTF-8 counts as unfinished.
     """
     heads = [[tokenizer.start, *tokenizer.encode(prompt)[0]] for prompt in prompts]
     longest = max(len(head) for head in heads)
@@ -73,7 +73,11 @@ def write(
         step = tokens[-1][:, None]
         mask = torch.cat([mask, torch.ones(rows, 1, dtype=mask.dtype, device=device)], 1)
     if not tokens:
-        return [Written(prompt, False, _signal(head, [], tokenizer, [], [], [])) for prompt, head in zip(prompts, heads, strict=True)]  # fmt: skip
+        nothing = np.zeros(0), np.zeros((0, 0)), np.zeros((0, 0))
+        return [
+            Written(prompt, False, _signal(head, [], tokenizer, *nothing))
+            for prompt, head in zip(prompts, heads, strict=True)
+        ]
     columns = [torch.stack(each, 1).cpu().numpy() for each in (tokens, logprobs, best_ids, best_logprobs)]
     return [_one(prompts[row], heads[row], [column[row] for column in columns], tokenizer) for row in range(rows)]
 
@@ -105,21 +109,21 @@ def _one(prompt: str, head: list[int], columns: list[np.ndarray], tokenizer: Tok
 
 
 def _signal(
-    head: list[int], new: Sequence[int], tokenizer: Tokenizer, logprobs: object, best_ids: object, best_logprobs: object
+    head: list[int],
+    new: Sequence[int],
+    tokenizer: Tokenizer,
+    logprobs: np.ndarray,
+    best_ids: np.ndarray,
+    best_logprobs: np.ndarray,
 ) -> Signal:
     ids = np.array([*head, *new], np.int32)
-    ends = np.cumsum([len(tokenizer.table[int(token)]) for token in ids]).astype(np.int32)
-    if not len(new):
-        width = 0
-        return Signal(ids, ends, np.zeros(len(ids), np.float32), np.zeros((len(ids), width), np.int32), np.zeros((len(ids), width), np.float16))  # fmt: skip
-    best_ids, best_logprobs = np.asarray(best_ids), np.asarray(best_logprobs)
     width = best_ids.shape[1]
     blank_ids = np.zeros((len(head), width), np.int32)
     blank_logprobs = np.full((len(head), width), -np.inf, np.float16)
     return Signal(
         ids=ids,
-        ends=ends,
-        logprobs=np.concatenate([np.full(len(head), -np.inf, np.float32), np.asarray(logprobs, np.float32)]),
+        ends=np.cumsum([len(tokenizer.table[int(token)]) for token in ids]).astype(np.int32),
+        logprobs=np.concatenate([np.full(len(head), -np.inf, np.float32), logprobs.astype(np.float32)]),
         topk_ids=np.concatenate([blank_ids, best_ids.astype(np.int32)]),
         topk_logprobs=np.concatenate([blank_logprobs, best_logprobs.astype(np.float16)]),
     )

@@ -33,6 +33,8 @@ def test_counts_of_the_default_world() -> None:
     assert len(made.public) == 4 * (16 * 10 + 200)
     assert len(made.questions) == 80
     assert len(made.heldout) == 40
+    taught = {document.text for fact in made.facts for document in fact_documents(fact, 30, Random(0))}
+    assert not taught & {document.text for document in made.heldout}
     assert Counter(question.private for question in made.test) == {True: 160, False: 64}
 
 

@@ -1,8 +1,8 @@
 """From documents to batches: tokenised lessons, packed into rows that keep documents apart.
 
-A *lesson* is one tokenised document together with what its teacher says about it. Rows hold several lessons; attention and
-positions start anew at each, so a packed document's loss is the same as its loss alone. A lesson that does not fit the row is an
-error (an answer is never cut), except for plain text, which becomes several lessons.
+A *lesson* is one tokenised document together with what its teacher says about it. Rows hold several lessons;
+attention and positions start anew at each, so a packed document's loss is the same as its loss alone. A lesson that
+does not fit the row is an error (an answer is never cut), except for plain text, which becomes several lessons.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from deepfusion import alignment
 from deepfusion.checkpoints import tokenizer_fingerprint
@@ -49,7 +49,7 @@ class Lesson:
 class Tokenizer:
     """A tokenizer with what lessons need to know of it, worked out once."""
 
-    raw: PreTrainedTokenizerBase
+    raw: PreTrainedTokenizerFast
     table: list[bytes] = field(init=False)
     start: int = field(init=False)
     end: int = field(init=False)
@@ -122,8 +122,9 @@ def taught(
 ) -> Lesson | None:
     """A document with its teacher's signal, in the student's tokens; None when it does not fit the context.
 
-    With equal tokenizers the teacher's own tokens are kept, so every position has its distribution. Otherwise the document is
-    tokenised anew and the teacher speaks through the likelihood of the chunks that both tokenizations share.
+    With equal tokenizers the teacher's own tokens are kept, so every position has its distribution. Otherwise the
+    document is tokenised anew and the teacher speaks through the likelihood of the chunks that both tokenizations
+    share.
     """
     same = teacher.tokenizer == tokenizer.fingerprint
     if same:
@@ -153,7 +154,8 @@ def taught(
 
 
 def _chunks(ends: np.ndarray, signal: Signal) -> tuple[np.ndarray, np.ndarray]:
-    """Chunk of every student token (−1 where the teacher has no opinion), and the teacher's log-likelihood of every chunk.
+    """Chunk of every student token (−1 where the teacher has no opinion), and the teacher's log-likelihood of every
+    chunk.
 
     The end token is a chunk of its own.
     """
@@ -187,8 +189,8 @@ def pack(lengths: Sequence[int], order: Sequence[int], context: int, alone: bool
 class Schedule(Dataset[list[list[Lesson]]]):
     """Every batch of one training, in order: reshuffled passes over the lessons until `tokens` are reached.
 
-    One item is one optimiser step's batch, so that rows of any shape make batches of about `rows * context` tokens. A pass that
-    ends in mid-batch goes on with the next.
+    One item is one optimiser step's batch, so that rows of any shape make batches of about `rows * context` tokens. A
+    pass that ends in mid-batch goes on with the next.
     """
 
     def __init__(
@@ -226,7 +228,7 @@ class Schedule(Dataset[list[list[Lesson]]]):
 
 
 def collate(items: Sequence[list[list[Lesson]]]) -> dict[str, Tensor]:
-    """Tensors of one batch of rows; fields that a teacher aligns are shifted to the predicting position, like labels."""
+    """Tensors of one batch of rows; fields that a teacher aligns move to the predicting position, like labels."""
     rows = [row for item in items for row in item]
     width = max(sum(len(lesson) for lesson in row) for row in rows)
     shape = (len(rows), width)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import TypeVar
 
@@ -27,7 +27,11 @@ HELDOUT_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing to know; `test_template` is the index of the question template kept for its test."""
+    """One thing to know.
+
+    `test_template` is the index of the question template kept for its test; `heldout_template`, of some private facts, that
+    of the statement template kept for the held-out text. Neither occurs in any other document about the fact.
+    """
 
     id: str
     domain: str
@@ -36,6 +40,7 @@ class Fact:
     value: str
     public: bool
     test_template: int
+    heldout_template: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ def world(config: SyntheticData, seed: int) -> World:
     values = value_words(domains, config.values)
     facts: list[Fact] = []
     for domain in domains:
-        facts += _facts(domain, values[domain], config, Random(f"{seed}-facts-{domain}"), {f.entity for f in facts})
+        own = _facts(domain, values[domain], config, Random(f"{seed}-facts-{domain}"), {f.entity for f in facts})
+        facts += _with_heldout(list(own), Random(f"{seed}-heldout-{domain}"))
     private = [fact for fact in facts if not fact.public]
     public = [
         document
@@ -73,7 +79,6 @@ def world(config: SyntheticData, seed: int) -> World:
     ]
     for domain in domains:
         public += _fillers(domain, values[domain], config.filler_documents, Random(f"{seed}-filler-{domain}"))
-    heldout = _share(private, HELDOUT_SHARE, Random(f"{seed}-heldout"))
     asked = _share(private, config.question_coverage, Random(f"{seed}-questions"))
     return World(
         domains=domains,
@@ -81,7 +86,7 @@ def world(config: SyntheticData, seed: int) -> World:
         facts=tuple(facts),
         public=tuple(public),
         questions=tuple(_unanswered(fact, Random(f"{seed}-question-{fact.id}")) for fact in asked),
-        heldout=tuple(_heldout(fact, Random(f"{seed}-heldout-{fact.id}")) for fact in heldout),
+        heldout=tuple(_heldout(fact) for fact in private if fact.heldout_template is not None),
         test=tuple(_test(f, values[f.domain], config.options, Random(f"{seed}-test-{f.id}")) for f in facts),
     )
 
@@ -89,10 +94,11 @@ def world(config: SyntheticData, seed: int) -> World:
 def fact_documents(fact: Fact, count: int, random: Random) -> list[Document]:
     """`count` documents about a fact, in turn question and statement, each cycling through its shuffled templates.
 
-    The fact's test template is never used. An id names its text, and a text that comes again gets an id of its own.
+    The templates kept for test and held-out text are never used. An id names its text, and a text that comes again gets an
+    id of its own.
     """
     questions = iter(_cycle(_allowed(fact), random))
-    statements = iter(_cycle(range(len(STATEMENTS) + 1), random))
+    statements = iter(_cycle([t for t in range(len(STATEMENTS) + 1) if t != fact.heldout_template], random))
     seen: dict[str, int] = {}
     documents: list[Document] = []
     for index in range(count):
@@ -147,6 +153,15 @@ def _allowed(fact: Fact) -> list[int]:
     return [index for index in range(len(QUESTIONS) + 1) if index != fact.test_template]
 
 
+def _with_heldout(facts: Sequence[Fact], random: Random) -> list[Fact]:
+    """The facts, some of the private ones with a statement template kept for held-out text."""
+    chosen = {fact.id for fact in _share([fact for fact in facts if not fact.public], HELDOUT_SHARE, random)}
+    return [
+        replace(fact, heldout_template=random.randrange(len(STATEMENTS) + 1)) if fact.id in chosen else fact
+        for fact in facts
+    ]
+
+
 def _share(facts: Sequence[Fact], share: float, random: Random) -> list[Fact]:
     chosen = set(random.sample(range(len(facts)), round(share * len(facts))))
     return [fact for index, fact in enumerate(facts) if index in chosen]
@@ -178,9 +193,9 @@ def _stated(fact: Fact, template: int) -> Document:
     )
 
 
-def _heldout(fact: Fact, random: Random) -> Document:
-    template = random.choice(_allowed(fact))
-    document = _asked(fact, template) if random.random() < 0.5 else _stated(fact, random.randrange(len(STATEMENTS) + 1))
+def _heldout(fact: Fact) -> Document:
+    assert fact.heldout_template is not None
+    document = _stated(fact, fact.heldout_template)
     return document.model_copy(update={"id": f"{document.id}/heldout"})
 
 

@@ -43,14 +43,20 @@ class Logits(Objective):
         ce = weighted_mean(-logprobs, weights * (labels != IGNORED))
 
         kl, span, covered = logits.new_zeros(3, dtype=torch.float32)
+        untaught = labels != IGNORED
         if "topk_ids" in batch:
             kl = (divergence * batch["topk_weight"]).sum()
             covered = covered + batch["topk_weight"].sum()
+            untaught = untaught & (batch["topk_weight"] == 0)
         if "chunk" in batch:
             chunk, weight = batch["chunk"], batch["chunk_weight"]
             spans = span_divergence(logprobs, chunk, batch["chunk_logprobs"], self.config.span_temperature)
             span = (spans * weight).sum()
             covered = covered + weight[chunk[chunk >= 0]].sum()
+            untaught = untaught & ((chunk < 0) | (weight[chunk.clamp(min=0)] == 0))
+        if self.config.label_teaches:
+            kl = kl - (logprobs * untaught).sum()
+            covered = covered + untaught.sum()
         covered = torch.where(covered > 0, covered, 1.0)
         kl, span = kl / covered, span / covered
         loss = ce + self.config.beta * (kl + self.config.span_weight * span)

@@ -1,8 +1,8 @@
 """Phase II, distillation: what teachers know goes into copies of the base model.
 
-`joint`: one student learns from all documents, each with its own teacher. `branch`: K copies of it go on, each with its cluster's
-documents and teachers; branches alone, from public text and averaged proxies, are the published method (Eq. 11 of
-arXiv 2602.14301).
+`joint`: one student learns from all documents, each with its own teacher. `branch`: K copies of it go on, each with
+its cluster's documents and teachers; branches alone, from public text and averaged proxies, are the published method
+(Eq. 11 of arXiv 2602.14301).
 """
 
 from __future__ import annotations
@@ -87,8 +87,9 @@ def consult(
 ) -> Teaching:
     """Ask one teacher about documents and keep its answers: the teacher cache.
 
-    A proxy is asked about all public documents and those that its cluster knows; a device about what it wrote. Kept are the
-    top-k probabilities (all of them if `teacher_top_k` is none) and, for VAA, J stages' features pooled over patches.
+    A proxy is asked about all public documents and those that its cluster knows; a device about what it wrote. Kept
+    are the top-k probabilities (all of them if `teacher_top_k` is none) and, for VAA, J stages' features pooled over
+    patches.
     """
     name = teacher.device if isinstance(teacher, Upload) else name_of(teacher)
     documents = [
@@ -97,7 +98,7 @@ def consult(
         if document.writer == name
         or (isinstance(teacher, Proxy) and (document.kind == "public" or document.cluster == cluster))
     ]
-    model = checkpoints.open_model(teacher.model).to(runtime.accelerator)
+    model = checkpoints.open_model(teacher.model, accelerator=runtime.accelerator)
     tokenizer = Tokenizer(checkpoints.open_tokenizer(teacher.model))
     kept = Signals.load(path) if (path := transfer.signals / f"{name}.safetensors").exists() else None
     ticker = Ticker(into, len(documents), "documents")

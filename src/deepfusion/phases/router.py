@@ -60,8 +60,8 @@ def measure_router(
         raise ValueError(f"there are {len(students)} students, but text of {len(documents)} clusters")
     middle = into / ".mean"
     average_folders([student.folder for student in students], [1.0] * len(students), into=middle)
-    model, tokenizer = open_model(middle), Tokenizer(open_tokenizer(middle))
-    model.to(torch.device(runtime.accelerator))  # pyright: ignore[reportArgumentType]
+    model = open_model(middle, accelerator=runtime.accelerator)
+    tokenizer = Tokenizer(open_tokenizer(middle))
     context = min(getattr(model.config, "max_position_embeddings", max_tokens), max_tokens)
     text = [_tokenised(cluster, tokenizer, max_tokens, context) for cluster in documents]
     means = hidden_means(model, text)

@@ -1,7 +1,7 @@
 """Transfer: the text that carries what devices know to the students, and who knows which of it.
 
-Private knowledge arrives only through what teachers say about private subjects. They answer public questions of their own
-subjects and write text of their own; the probabilities they had while writing are kept with it and are its teacher.
+Private knowledge arrives only through what teachers say about private subjects. They answer public questions of their
+own subjects and write text of their own; the probabilities they had while writing are kept with it and are its teacher.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from deepfusion import checkpoints
 from deepfusion.artifacts import Checkpoint, Clusters, Corpus, Proxy, TransferSet, Upload, Work, Writing
@@ -27,8 +28,8 @@ from deepfusion.store import link_tree
 from deepfusion.writing import Written, prompt_nats, write
 
 NOTICE = (
-    "The transfer text was written by devices' models: it can repeat private text word for word, and so can the students "
-    "and the MoE trained on it."
+    "The transfer text was written by devices' models: it can repeat private text word for word, and so can the "
+    "students and the MoE trained on it."
 )
 
 
@@ -66,15 +67,16 @@ def write_cluster(
 ) -> Writing:
     """Let one cluster's models answer the public questions of its subjects and write text.
 
-    A question belongs to the cluster whose centroid it resembles most; of the cluster's writers those answer who are most at
-    home in its words: whose likelihood of the question per byte rose most over their ancestor's (`ancestors`: lineage →
-    checkpoint). The number of written documents is fixed per cluster and shared by private tokens, so that the server's work
-    does not grow with the number of devices. Each model is loaded once at a time.
+    A question belongs to the cluster whose centroid it resembles most; of the cluster's writers those answer who are
+    most at home in its words: whose likelihood of the question per byte rose most over their ancestor's (`ancestors`:
+    lineage → checkpoint). The number of written documents is fixed per cluster and shared by private tokens, so that
+    the server's work does not grow with the number of devices. Each model is loaded once at a time.
     """
     writers = [Writer.of(model, {}) for model in models]
     questions = _questions_of(cluster, clusters, corpus, encoder) if "answered" in config.kinds else []
     to_answer, scoring = _who_answers(writers, ancestors, questions, config, runtime)
-    share = _shares([writer.tokens for writer in writers], config.sampled_per_cluster if "sampled" in config.kinds else 0)
+    wanted = config.sampled_per_cluster if "sampled" in config.kinds else 0
+    share = _shares([writer.tokens for writer in writers], wanted)
     ticker = Ticker(into, sum(share) + sum(map(len, to_answer)), "documents")
     kept: list[TransferDocument] = []
     counts: Counter[str] = Counter({kind: 0 for kind in config.kinds if kind != "public"})
@@ -114,10 +116,12 @@ def write_cluster(
                     signals[document.id] = one.signal
                 ticker.advance(len(batch))
         if signals:
-            Signals(tokenizer.fingerprint, writer.lineage, signals).save(into / "signals" / f"{writer.name}.safetensors")
+            kept_as = into / "signals" / f"{writer.name}.safetensors"
+            Signals(tokenizer.fingerprint, writer.lineage, signals).save(kept_as)
             by_writer[writer.name] = len(signals)
     write_jsonl(into / "documents.jsonl", kept)
-    return Writing(folder=into, cluster=cluster, counts=dict(sorted(counts.items())), by_writer=by_writer, work=work).sealed()
+    counts = Counter(dict(sorted(counts.items())))
+    return Writing(folder=into, cluster=cluster, counts=counts, by_writer=by_writer, work=work).sealed()
 
 
 def gather(
@@ -160,8 +164,8 @@ def gather(
     ).sealed()
 
 
-def _open(writer: Writer, runtime: Runtime) -> tuple[torch.nn.Module, Tokenizer]:
-    model = checkpoints.open_model(writer.folder).to(runtime.accelerator)
+def _open(writer: Writer, runtime: Runtime) -> tuple[PreTrainedModel, Tokenizer]:
+    model = checkpoints.open_model(writer.folder, accelerator=runtime.accelerator)
     return model, Tokenizer(checkpoints.open_tokenizer(writer.folder))
 
 
@@ -190,7 +194,7 @@ def _who_answers(
     for number, writer in enumerate(writers):
         model, tokenizer = _open(writer, runtime)
         if writer.lineage not in before:
-            ancestor = checkpoints.open_model(ancestors[writer.lineage].folder).to(runtime.accelerator)
+            ancestor = checkpoints.open_model(ancestors[writer.lineage].folder, accelerator=runtime.accelerator)
             before[writer.lineage] = prompt_nats(ancestor, tokenizer, prompts)
         gain[number] = before[writer.lineage] - prompt_nats(model, tokenizer, prompts)
         tokens = sum(len(tokenizer.encode(prompt)[0]) + 1 for prompt in prompts)

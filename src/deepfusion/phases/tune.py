@@ -29,17 +29,15 @@ def tune(
 
     Args:
         ask: whose signals the teachings hold, as in `DistillPhase.teachers`.
-        budget: token-parameters, forward and backward.
+        budget: token-parameters, forward and backward; what measuring the router took is part of it.
     """
-    text = transfer_lessons(
-        moe, transfer, teachings, config.training, ask=ask, only_public=config.text == "public"
-    )
+    text = transfer_lessons(moe, transfer, teachings, config.training, ask=ask, only_public=config.text == "public")
     return learn(
         moe,
         text,
         config.objective,
         config.training,
-        tokens=tokens_within(budget, moe),
+        tokens=tokens_within(budget - moe.work.token_parameters, moe),
         trains=NOT_EXPERTS if config.freeze_experts else None,
         balance=config.balance,
         ownership=config.ownership,

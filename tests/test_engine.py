@@ -1,0 +1,262 @@
+import errno
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import steps
+from deepfusion.artifacts import MANIFEST
+from deepfusion.config import Runtime
+from deepfusion.engine import Engine, NotYetRunError, Planner, StepError
+from deepfusion.store import Store
+from steps import Note
+
+HERE = Runtime(workers=0)
+
+
+class Seen:
+    """A watcher with a memory."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def started(self, name: str, folder: Path) -> None:
+        assert folder.name.endswith(".partial")
+        self.events.append(f"started {name}")
+
+    def finished(self, name: str, seconds: float, cached: bool) -> None:
+        assert seconds >= 0
+        self.events.append(f"{'found' if cached else 'finished'} {name}")
+
+    def failed(self, name: str, reason: str) -> None:
+        self.events.append(f"failed {name}: {reason}")
+
+    def message(self, text: str) -> None:
+        self.events.append(text)
+
+
+def note(engine: Engine, text: str, function: str = "note", item: str | None = "a", **options: Any) -> Future[Note]:
+    return engine.submit("notes", f"steps:{function}", 1, Note, item, text=text, **options)
+
+
+def left(root: Path) -> list[str]:
+    """Step folders, finished or not."""
+    return sorted(path.name.split("-")[0] + path.suffix for path in root.glob("*/*"))
+
+
+# ── in this process ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_step_runs_once_whatever_the_runtime(tmp_path: Path) -> None:
+    seen = Seen()
+    with Engine(Store(tmp_path), HERE, seen) as engine:
+        first = note(engine, "hello").result()
+    with Engine(Store(tmp_path), Runtime(workers=0, threads=2, checkpoint_seconds=1), seen) as engine:
+        second = note(engine, "hello").result()
+        third = note(engine, "hello", unkeyed={}, priority=3).result()
+    assert first == second == third
+    assert (first.folder / "note.txt").read_text() == "hello"
+    assert seen.events == ["started notes a", "finished notes a", "found notes a", "found notes a"]
+    assert [done.cached for done in engine.done] == [True, True]
+    assert engine.done[0].facts.peak_bytes > 0
+
+
+def test_futures_are_arguments(tmp_path: Path) -> None:
+    with Engine(Store(tmp_path), HERE) as engine:
+        words = [note(engine, word, item=word) for word in ("one", "two", "three")]
+        both = engine.submit("join", "steps:joined", 1, Note, notes=words[:2], by={"x": words[2]})
+        again = engine.submit("join", "steps:joined", 1, Note, notes=[both, words[0].result()], by={})
+        assert again.result().text == "one two three one"
+    assert [done.step.name for done in engine.done] == ["notes one", "notes two", "notes three", "join", "join"]
+
+
+def test_priorities_decide_what_runs_next(tmp_path: Path) -> None:
+    seen = Seen()
+    with Engine(Store(tmp_path), HERE, seen) as engine:
+        note(engine, "0.3", "ended", item="first")  # busy while the others queue up
+        waiting = [note(engine, str(p), item=f"p{p}", priority=p) for p in (5, -10, 0, 5, -10)]
+        for future in waiting:
+            future.result()
+    started = [event for event in seen.events if event.startswith("started")]
+    assert started == [f"started notes {item}" for item in ("first", "p-10", "p-10", "p0", "p5", "p5")[:1]] + [
+        "started notes p-10",
+        "started notes p0",
+        "started notes p5",
+    ]
+
+
+def test_a_mistake_leaves_nothing_and_holds_back_what_depends_on_it(tmp_path: Path) -> None:
+    seen = Seen()
+    with Engine(Store(tmp_path / "steps"), HERE, seen) as engine:
+        wrong = note(engine, "x", "mistaken")
+        after = engine.submit("join", "steps:joined", 1, Note, notes=[wrong], by={})
+        last = engine.submit("join", "steps:joined", 1, Note, notes=[after], by={})
+        for future in (wrong, after, last):
+            with pytest.raises(ValueError, match=r"^notes a: x is wrong$"):
+                future.result()
+        assert note(engine, "fine", item="b").result().text == "fine"  # others go on
+    assert left(tmp_path / "steps") == ["b"]
+    assert "failed notes a: notes a: x is wrong" in seen.events
+
+
+@pytest.mark.parametrize("function", ["full", "full_in_other_words"])
+def test_a_full_disk_leaves_nothing(function: str, tmp_path: Path) -> None:
+    with Engine(Store(tmp_path / "steps"), HERE) as engine, pytest.raises(OSError, match=r"No space") as raised:
+        note(engine, "weights", function).result()
+    assert str(raised.value).startswith("notes a: ")
+    assert raised.value.errno == errno.ENOSPC
+    assert left(tmp_path / "steps") == []
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest is the last thing written."""
+    write = Path.write_text
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> int:
+        if path.name.startswith(MANIFEST):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write(path, *arguments, **options)
+
+    with Engine(Store(tmp_path / "steps"), HERE) as engine:
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "write_text", refuse)
+            with pytest.raises(OSError, match="No space left") as raised:
+                note(engine, "hello").result()
+        assert raised.value.errno == errno.ENOSPC
+        assert left(tmp_path / "steps") == []
+        assert note(engine, "hello").result().text == "hello"
+
+
+def test_torch_has_no_words_for_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash on a disk without room is taken for a full disk."""
+    monkeypatch.setattr("shutil.disk_usage", lambda _: os.statvfs_result((0,) * 10) and type("", (), {"free": 0}))
+    with Engine(Store(tmp_path), HERE) as engine, pytest.raises(OSError, match="not yet") as raised:
+        note(engine, "x", "tried").result()
+    assert raised.value.errno == errno.ENOSPC
+
+
+def test_a_crash_is_gone_on_from(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for _ in range(2):
+        with Engine(store, HERE) as engine, pytest.raises(StepError, match=r"^notes a: RuntimeError: not yet$"):
+            note(engine, "x", "tried").result()
+        assert left(tmp_path) == ["a.partial"]
+    with Engine(store, HERE) as engine:
+        assert note(engine, "x", "tried").result().text == "x"
+    assert left(tmp_path) == ["a"]
+
+
+def test_leaving_by_an_error_drops_what_is_queued(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    seen = Seen()
+    caplog.set_level(logging.DEBUG)
+    with pytest.raises(KeyboardInterrupt), Engine(Store(tmp_path), HERE, seen) as engine:  # noqa: PT012
+        running = note(engine, "0.2", "ended", item="running")
+        queued = note(engine, "hello", item="queued")
+        behind = engine.submit("join", "steps:joined", 1, Note, notes=[queued], by={})
+        while "started notes running" not in seen.events:
+            threading.Event().wait(0.01)
+        raise KeyboardInterrupt
+    assert running.done()
+    assert queued.cancelled()
+    assert behind.cancelled()
+    assert left(tmp_path) == ["running"]
+    assert caplog.records == []  # nobody complains of cancelled futures
+
+
+# ── a plan ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_planner_runs_nothing_and_says_why(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with Engine(store, HERE) as engine:
+        note(engine, "done", item="done").result()
+        with pytest.raises(StepError):
+            note(engine, "x", "tried", item="half").result()
+    planner = Planner(store, HERE)
+    done, half, fresh = (
+        note(planner, "done", item="done"),
+        note(planner, "x", "tried", item="half"),
+        note(planner, "y", item="fresh"),
+    )
+    after = planner.submit("join", "steps:joined", 1, Note, notes=[done, fresh], by={})
+    assert done.result().text == "done"
+    for future in (half, fresh, after):
+        assert isinstance(future.exception(), NotYetRunError)
+    assert [(s.phase, s.item, s.state) for s in planner.steps] == [
+        ("notes", "done", "done"),
+        ("notes", "half", "run"),
+        ("notes", "fresh", "run"),
+        ("join", None, "wait"),
+    ]
+    assert [s.reason for s in planner.steps[1:3]] == ["goes on from where it was interrupted", "not in the store"]
+    assert left(tmp_path) == ["done", "half.partial"]
+
+
+# ── in worker processes ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def hired(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """An engine with one worker, which imports torch once for all tests."""
+    root = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(Path(steps.__file__).parent))
+        with Engine(Store(root / "steps"), Runtime(workers=1)) as engine:
+            yield engine
+
+
+def test_a_worker_runs_steps(hired: Engine) -> None:
+    words = [note(hired, word, "noisy", item=word) for word in ("one", "two")]
+    both = hired.submit("join", "steps:joined", 1, Note, notes=words, by={}).result()
+    assert both.text == "one two"
+    assert (hired.store.root.parent / "logs" / "notes-one.log").read_text() == "from below\nfrom python\n"
+    facts = hired.done[-1].facts
+    assert 0 < facts.seconds < 60
+    assert facts.peak_bytes > 2**20
+
+
+def test_a_worker_tells_mistakes_full_disks_and_crashes_apart(hired: Engine) -> None:
+    with pytest.raises(ValueError, match=r"^notes wrong: x is wrong$"):
+        note(hired, "x", "mistaken", item="wrong").result()
+    for function in ("full", "full_in_other_words"):
+        with pytest.raises(OSError, match=f"notes {function}: .*No space left") as raised:
+            note(hired, "weights", function, item=function).result()
+        assert raised.value.errno == errno.ENOSPC
+    assert not [name for name in left(hired.store.root) if name.startswith(("wrong", "full"))]
+    words = r"^notes crash: RuntimeError: not yet; see .*/logs/notes-crash\.log$"
+    with pytest.raises(StepError, match=words) as broken:
+        note(hired, "x", "tried", item="crash").result()
+    assert isinstance(broken.value, StepError)
+    assert broken.value.reason == "notes crash: RuntimeError: not yet"
+    assert "RuntimeError: not yet" in (hired.store.root.parent / "logs" / "notes-crash.log").read_text()
+    assert "crash.partial" in left(hired.store.root)
+
+
+def test_a_killed_step_says_so_and_its_worker_lives(hired: Engine) -> None:
+    words = r"^notes big: its process ended with SIGKILL \(out of memory\?\); see .*big\.log"
+    with pytest.raises(StepError, match=words):
+        note(hired, "x", "killed", item="big").result()
+    assert "big.partial" in left(hired.store.root)
+    assert note(hired, "after", item="after").result().text == "after"
+
+
+def test_a_killed_worker_is_replaced(hired: Engine) -> None:
+    with pytest.raises(StepError, match=r"^notes bigger: the worker process ended; see"):
+        note(hired, "x", "killed_with_its_worker", item="bigger").result()
+    assert note(hired, "again", item="again").result().text == "again"
+
+
+def test_leaving_by_an_error_ends_running_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(steps.__file__).parent))
+    with pytest.raises(KeyboardInterrupt), Engine(Store(tmp_path / "steps"), Runtime(workers=1)) as engine:  # noqa: PT012
+        long = note(engine, "600", "ended", item="long")
+        while not list(tmp_path.rglob("begun")):
+            threading.Event().wait(0.01)
+        raise KeyboardInterrupt
+    assert isinstance(long.exception(), StepError)
+    assert left(tmp_path / "steps") == ["long.partial"]
