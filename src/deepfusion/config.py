@@ -467,7 +467,8 @@ def _resolve_paths(node: Any, folder: Path) -> None:
     if isinstance(node, dict):
         for key, value in node.items():
             if isinstance(value, str) and (key == "path" or (key == "encoder" and value != "hashing")):
-                node[key] = str((folder / Path(value).expanduser()).resolve())
+                # Not `resolve`: through a symlinked folder, `..` would lead elsewhere than the path says.
+                node[key] = os.path.abspath(folder / Path(value).expanduser())  # noqa: PTH100
             else:
                 _resolve_paths(value, folder)
     elif isinstance(node, list):

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeVar, cast
@@ -25,6 +26,8 @@ from deepfusion.store import Facts, Step, Store
 from deepfusion.worker import call, described, settle
 
 A = TypeVar("A", bound=Artifact)
+
+WORKER = "from deepfusion import worker; worker.main()"
 
 
 class Watcher(Protocol):
@@ -110,6 +113,9 @@ class Engine:
             self._ready.put((-(10**9), next(self._count), None))
         for thread in self._threads:
             thread.join()
+        for worker in self._workers:
+            with suppress(BrokenPipeError), worker:  # closes its pipes, at which it ends, and waits for that
+                pass
 
     def submit(
         self, phase: str, function: str, version: int, gives: type[A], item: str | None = None, /, *,
@@ -177,9 +183,6 @@ class Engine:
                 if not self._closed:
                     self.watch.failed(step.name, str(error))
                 future.set_exception(error)
-        if worker is not None and worker.stdin is not None:
-            worker.stdin.close()
-            worker.wait()
 
     def _hire(self) -> subprocess.Popen[bytes]:
         with self._lock:  # so that leaving the engine misses no worker
@@ -293,7 +296,10 @@ class Planner(Engine):
 def _start_worker() -> subprocess.Popen[bytes]:
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "deepfusion.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        [sys.executable, "-c", WORKER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
     )
 
 

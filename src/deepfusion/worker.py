@@ -134,7 +134,3 @@ def main() -> None:
         }
         answers.write(json.dumps(facts) + "\n")
         answers.flush()
-
-
-if __name__ == "__main__":
-    main()

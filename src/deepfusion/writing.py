@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -40,7 +41,9 @@ def write(
     Only the last position's logits ever exist. `temperature` 0 is greedy; the probabilities kept are the model's own,
     at temperature 1. A text whose bytes are not UTF-8 counts as unfinished.
     """
-    heads = [[tokenizer.start, *tokenizer.encode(prompt)[0]] for prompt in prompts]
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    heads = [[tokenizer.start, *inner] for inner, _ in encoded]
+    ends = [[0, *inner_ends] for _, inner_ends in encoded]
     longest = max(len(head) for head in heads)
     pads = [longest - len(head) for head in heads]
     device = model.device
@@ -52,7 +55,7 @@ def write(
     logprobs: list[Tensor] = []
     best_ids: list[Tensor] = []
     best_logprobs: list[Tensor] = []
-    room = int(getattr(model.config, "max_position_embeddings", None) or 10**9) - longest
+    room = _longest(model) - longest
     cache = None
     step = ids
     for _ in range(min(max_new_tokens, max(room, 0))):
@@ -75,11 +78,18 @@ def write(
     if not tokens:
         nothing = np.zeros(0), np.zeros((0, 0)), np.zeros((0, 0))
         return [
-            Written(prompt, False, _signal(head, [], tokenizer, *nothing))
-            for prompt, head in zip(prompts, heads, strict=True)
+            Written(prompts[row], False, _signal(heads[row], ends[row], [], [], *nothing))
+            for row in range(len(prompts))
         ]
     columns = [torch.stack(each, 1).cpu().numpy() for each in (tokens, logprobs, best_ids, best_logprobs)]
-    return [_one(prompts[row], heads[row], [column[row] for column in columns], tokenizer) for row in range(rows)]
+    return [
+        _one(prompts[row], heads[row], ends[row], [column[row] for column in columns], tokenizer) for row in range(rows)
+    ]
+
+
+def _longest(model: PreTrainedModel) -> int:
+    """Tokens of the longest text that a model takes."""
+    return int(getattr(model.config, "max_position_embeddings", None) or 10**9)
 
 
 def _last_logits(model: PreTrainedModel, step: Tensor, mask: Tensor, cache: object) -> tuple[Tensor, object]:
@@ -92,26 +102,28 @@ def _last_logits(model: PreTrainedModel, step: Tensor, mask: Tensor, cache: obje
     return outputs.logits[:, -1], outputs.past_key_values
 
 
-def _one(prompt: str, head: list[int], columns: list[np.ndarray], tokenizer: Tokenizer) -> Written:
+def _one(prompt: str, head: list[int], ends: list[int], columns: list[np.ndarray], tokenizer: Tokenizer) -> Written:
     tokens, logprobs, best_ids, best_logprobs = columns
     ended = np.flatnonzero(tokens == tokenizer.end)
     count = int(ended[0]) + 1 if len(ended) else len(tokens)
-    body = tokens[: count - 1] if len(ended) else tokens
-    raw = b"".join(tokenizer.table[int(token)] for token in body)
+    # A model's vocabulary is often padded beyond its tokenizer's, with tokens that spell nothing.
+    pieces = [tokenizer.table[token] if token < len(tokenizer.table) else b"" for token in tokens[:count].tolist()]
+    raw = b"".join(pieces)
     try:
         text, finished = prompt + raw.decode(), bool(len(ended))
     except UnicodeDecodeError:
         text, finished = prompt + raw.decode(errors="replace"), False
-    signal = _signal(
-        head, list(tokens[:count]), tokenizer, logprobs[:count], best_ids[:count], best_logprobs[:count]
-    )  # fmt: skip
-    return Written(text, finished, signal)
+    total = len(prompt.encode())
+    new_ends = [total + end for end in accumulate(map(len, pieces))]
+    new = tokens[:count].tolist(), new_ends, logprobs[:count], best_ids[:count], best_logprobs[:count]
+    return Written(text, finished, _signal(head, ends, *new))
 
 
 def _signal(
     head: list[int],
-    new: Sequence[int],
-    tokenizer: Tokenizer,
+    head_ends: list[int],
+    new: list[int],
+    new_ends: list[int],
     logprobs: np.ndarray,
     best_ids: np.ndarray,
     best_logprobs: np.ndarray,
@@ -122,7 +134,7 @@ def _signal(
     blank_logprobs = np.full((len(head), width), -np.inf, np.float16)
     return Signal(
         ids=ids,
-        ends=np.cumsum([len(tokenizer.table[int(token)]) for token in ids]).astype(np.int32),
+        ends=np.array([*head_ends, *new_ends], np.int32),
         logprobs=np.concatenate([np.full(len(head), -np.inf, np.float32), logprobs.astype(np.float32)]),
         topk_ids=np.concatenate([blank_ids, best_ids.astype(np.int32)]),
         topk_logprobs=np.concatenate([blank_logprobs, best_logprobs.astype(np.float16)]),
@@ -131,12 +143,15 @@ def _signal(
 
 @torch.no_grad()
 def prompt_nats(model: PreTrainedModel, tokenizer: Tokenizer, prompts: Sequence[str], batch: int = 64) -> np.ndarray:
-    """−log p of every prompt per UTF-8 byte, `[n]` float64: how much at home a model is in a text's words."""
-    totals = np.zeros(len(prompts))
+    """−log p of every prompt per UTF-8 byte, `[n]` float64: how much at home a model is in a text's words.
+
+    Of a prompt longer than the model takes, the last tokens count.
+    """
+    totals, room = np.zeros(len(prompts)), _longest(model)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for at in range(0, len(order), batch):
         chosen = order[at : at + batch]
-        encoded = [[tokenizer.start, *tokenizer.encode(prompts[i])[0]] for i in chosen]
+        encoded = [[tokenizer.start, *tokenizer.encode(prompts[i])[0][1 - room :]] for i in chosen]
         width = max(map(len, encoded))
         ids = torch.full((len(chosen), width), tokenizer.end)
         mask = torch.zeros(len(chosen), width, dtype=torch.long)

@@ -29,8 +29,8 @@ HELDOUT_SHARE = 0.25
 class Fact:
     """One thing to know.
 
-    `test_template` is the index of the question template kept for its test; `heldout_template`, of some private facts, that
-    of the statement template kept for the held-out text. Neither occurs in any other document about the fact.
+    `test_template` is the index of the question template kept for its test; `heldout_template`, of some private facts,
+    that of the statement template kept for the held-out text. Neither occurs in any other document about the fact.
     """
 
     id: str
@@ -94,8 +94,8 @@ def world(config: SyntheticData, seed: int) -> World:
 def fact_documents(fact: Fact, count: int, random: Random) -> list[Document]:
     """`count` documents about a fact, in turn question and statement, each cycling through its shuffled templates.
 
-    The templates kept for test and held-out text are never used. An id names its text, and a text that comes again gets an
-    id of its own.
+    The templates kept for test and held-out text are never used. An id names its text, and a text that comes again gets
+    an id of its own.
     """
     questions = iter(_cycle(_allowed(fact), random))
     statements = iter(_cycle([t for t in range(len(STATEMENTS) + 1) if t != fact.heldout_template], random))

@@ -1,0 +1,168 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deepfusion.config import Training
+from deepfusion.data.batches import Tokenizer, collate, taught
+from deepfusion.data.documents import Document
+from deepfusion.signals import Signal, Signals
+from pico import pico_tokenizer
+
+ASKED = Document(id="a", domain="law", prompt="What is the capital? ", answer="Eldermere 🙂.")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(pico_tokenizer(320))
+
+
+@pytest.fixture(scope="module")
+def other() -> Tokenizer:
+    """A smaller vocabulary, so shorter tokens."""
+    return Tokenizer(pico_tokenizer(300))
+
+
+def signal(text: str, tokenizer: Tokenizer, seed: int = 0, k: int = 3, features: bool = False) -> Signal:
+    """A made-up teacher's word on every token of a text."""
+    inner, ends = tokenizer.encode(text)
+    n, made = len(inner) + 2, np.random.default_rng(seed)
+    logprobs = -made.random(n).astype(np.float32)
+    logprobs[0] = 0
+    return Signal(
+        ids=np.array([tokenizer.start, *inner, tokenizer.end], np.int32),
+        ends=np.array([0, *ends, ends[-1] if ends else 0], np.int32),
+        logprobs=logprobs,
+        topk_ids=made.integers(0, 300, (n, k)).astype(np.int32),
+        topk_logprobs=-made.random((n, k)).astype(np.float16),
+        features=made.random((2, 4, 8)).astype(np.float16) if features else None,
+    )
+
+
+def silent(told: Signal, rows: int) -> Signal:
+    """A writer that has no opinion of the first rows: the prompt was given to it."""
+    logprobs, topk = told.logprobs.copy(), told.topk_logprobs.copy()
+    logprobs[:rows], topk[:rows] = -np.inf, -np.inf
+    return replace(told, logprobs=logprobs, topk_logprobs=topk)
+
+
+# ── on disk ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_what_is_saved_is_read_again(features: bool, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    of = {name: signal(name * 5, tokenizer, seed, features=features) for seed, name in enumerate(("b", "a", ""))}
+    of["b"] = silent(of["b"], 2)
+    first, second = tmp_path / "new" / "one.safetensors", tmp_path / "two.safetensors"
+    Signals("tok", "gpt2-x", of).save(first)
+    read = Signals.load(first)
+    assert (read.tokenizer, read.lineage, list(read.of)) == ("tok", "gpt2-x", ["b", "a", ""])
+    for name, told in of.items():
+        for field, value in vars(told).items():
+            np.testing.assert_array_equal(getattr(read.of[name], field), value)
+            assert value is None or getattr(read.of[name], field).dtype == value.dtype
+    read.save(second)
+    assert second.read_bytes() == first.read_bytes()
+
+
+def test_a_teacher_may_have_nothing_to_say(tmp_path: Path) -> None:
+    Signals("tok", "gpt2-x", {}).save(tmp_path / "none.safetensors")
+    assert Signals.load(tmp_path / "none.safetensors") == Signals("tok", "gpt2-x", {})
+
+
+def test_parts_are_merged(tokenizer: Tokenizer) -> None:
+    parts = [Signals("tok", "x", {name: signal(name, tokenizer)}) for name in ("one", "two")]
+    assert Signals.merged(parts).of == parts[0].of | parts[1].of
+
+
+# ── a teacher of the same tokenizer ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_equal_tokenizers_keep_the_writers_own_tokens(tokenizer: Tokenizer) -> None:
+    """A model may spell a word with other tokens than the tokenizer would."""
+    inner, _ = tokenizer.encode(ASKED.prompt)
+    spelt = [*inner, *(tokenizer.table.index(bytes([byte])) for byte in ASKED.answer.encode())]
+    assert spelt != tokenizer.encode(ASKED.text)[0]
+    ids = np.array([tokenizer.start, *spelt, tokenizer.end], np.int32)
+    ends = np.cumsum([len(tokenizer.table[int(token)]) for token in ids]).astype(np.int32)
+    told = replace(signal("", tokenizer), ids=ids, ends=ends)
+    told = replace(
+        told,
+        logprobs=np.full(len(ids), -1, np.float32),
+        topk_ids=np.arange(2 * len(ids), dtype=np.int32).reshape(-1, 2),
+        topk_logprobs=np.full((len(ids), 2), -1, np.float16),
+    )
+    told = silent(told, len(inner) + 1)
+    learnt = taught(
+        ASKED, told, Signals(tokenizer.fingerprint, "x", {}), tokenizer, Training(answer_weight=4), cluster=3
+    )
+    assert learnt is not None
+    assert learnt.ids.tolist() == ids.tolist()
+    answer = len(spelt) - len(inner)
+    assert learnt.weights.tolist() == [0] + [1] * len(inner) + [4] * (answer + 1)
+    assert (learnt.cluster, learnt.chunk) == (3, None)
+    batch = collate([[[learnt]]])
+    assert batch["topk_weight"].tolist() == [[0] * len(inner) + [1] * (answer + 1) + [0]]
+    assert batch["topk_ids"][0, :-1].tolist() == told.topk_ids[1:].tolist()
+    assert batch["labels"][0, :-1].tolist() == ids[1:].tolist()
+
+
+# ── a teacher of another tokenizer ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_chunks_share_out_all_that_the_teacher_said(tokenizer: Tokenizer, other: Tokenizer) -> None:
+    told = signal(ASKED.text, other)
+    learnt = taught(ASKED, told, Signals(other.fingerprint, "x", {}), tokenizer, Training())
+    assert learnt is not None
+    assert learnt.chunk is not None
+    assert learnt.chunk_logprobs is not None
+    assert learnt.ids[1:-1].tolist() == tokenizer.encode(ASKED.text)[0]
+    assert learnt.chunk_logprobs.sum() == pytest.approx(told.logprobs.sum(), rel=1e-5)
+    assert learnt.topk_ids is None
+    assert learnt.chunk[0] == -1
+    assert learnt.chunk[1:].tolist() == sorted(learnt.chunk[1:])
+    assert set(learnt.chunk[1:].tolist()) == set(range(len(learnt.chunk_logprobs)))
+    assert 2 < len(learnt.chunk_logprobs) < len(told.ids)
+    assert learnt.chunk_logprobs[-1] == told.logprobs[-1]  # the end token is a chunk of its own
+
+
+def test_what_the_teacher_did_not_write_is_in_no_chunk(tokenizer: Tokenizer, other: Tokenizer) -> None:
+    prompt = len(other.encode(ASKED.prompt)[0]) + 1
+    told = silent(signal(ASKED.text, other), prompt)
+    learnt = taught(ASKED, told, Signals(other.fingerprint, "x", {}), tokenizer, Training())
+    assert learnt is not None
+    assert learnt.chunk is not None
+    assert learnt.chunk_logprobs is not None
+    assert np.isfinite(learnt.chunk_logprobs).all()
+    inner_ends = np.array([0, *tokenizer.encode(ASKED.text)[1], len(ASKED.text.encode())])
+    inside = inner_ends <= len(ASKED.prompt.encode())
+    assert (learnt.chunk[inside] == -1).all()
+    assert (learnt.chunk[~inside] >= 0).sum() >= (~inside).sum() - 2  # but where a chunk spans prompt and answer
+    assert told.logprobs[prompt:].sum() - 1e-4 <= learnt.chunk_logprobs.sum() < 0  # nothing of the prompt, at most that
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_what_does_not_fit_is_not_taught(same: bool, tokenizer: Tokenizer, other: Tokenizer) -> None:
+    teacher = tokenizer if same else other
+    told, voice = signal(ASKED.text, teacher), Signals(teacher.fingerprint, "x", {})
+    size = len(tokenizer.encode(ASKED.text)[0]) + 2
+    assert taught(ASKED, told, voice, tokenizer, Training(context=size)) is not None
+    assert taught(ASKED, told, voice, tokenizer, Training(context=size - 1)) is None
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_features_go_to_the_students_own_tokens(same: bool, tokenizer: Tokenizer, other: Tokenizer) -> None:
+    teacher = tokenizer if same else other
+    told, voice = signal(ASKED.text, teacher, features=True), Signals(teacher.fingerprint, "gpt2-x", {})
+    learnt = taught(ASKED, told, voice, tokenizer, Training(), patches=4)
+    assert learnt is not None
+    assert learnt.pool is not None
+    assert learnt.features is told.features
+    assert learnt.lineage == "gpt2-x"
+    inner, _ = tokenizer.encode(ASKED.text)
+    assert sorted(set(learnt.pool[:, 0].tolist())) == list(range(1, len(inner) + 1))  # neither start nor end
+    assert set(learnt.pool[:, 1].tolist()) == {0, 1, 2, 3}
+    unasked = taught(ASKED, told, voice, tokenizer, Training())
+    assert unasked is not None
+    assert unasked.features is None

@@ -1,0 +1,197 @@
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from deepfusion.checkpoints import make_model, open_model, open_tokenizer
+from deepfusion.config import MadeModel
+from deepfusion.data.batches import Tokenizer
+from deepfusion.families import FAMILIES
+from deepfusion.writing import Written, prompt_nats, write
+from pico import TEXTS, pico
+
+PROMPTS = ("The capital", "", "Doctors prescribe veltrine against the marsh fever; merchants", "W")
+
+
+def opened(name: str, folder: Path, **overrides: int) -> tuple[PreTrainedModel, Tokenizer]:
+    pico(name, folder, **overrides)
+    model = open_model(folder)
+    with torch.no_grad():  # so that greedy text is not the same token again and again
+        for parameter in model.parameters():
+            parameter.mul_(1.0 if parameter.ndim < 2 else 3.0)
+    return model, Tokenizer(open_tokenizer(folder))
+
+
+def written(
+    model: PreTrainedModel, tokenizer: Tokenizer, prompts: Sequence[str], seed: int = 0, **options: float
+) -> list[Written]:
+    settings = {"max_new_tokens": 12, "temperature": 0.0, "top_k": 4} | options
+    return write(model, tokenizer, prompts, generator=torch.Generator().manual_seed(seed), **settings)  # pyright: ignore[reportArgumentType]
+
+
+def new_tokens(one: Written, prompt: str, tokenizer: Tokenizer) -> list[int]:
+    return one.signal.ids[1 + len(tokenizer.encode(prompt)[0]) :].tolist()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_is_what_transformers_generates(name: str, tmp_path: Path) -> None:
+    model, tokenizer = opened(name, tmp_path)
+    for prompt, one in zip(PROMPTS, written(model, tokenizer, PROMPTS), strict=True):
+        ids = torch.tensor([[tokenizer.start, *tokenizer.encode(prompt)[0]]])
+        expected = model.generate(  # pyright: ignore[reportCallIssue]
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.end
+        )[0, ids.shape[1] :].tolist()
+        assert new_tokens(one, prompt, tokenizer) == expected
+        assert one.finished == (expected[-1] == tokenizer.end)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_kept_is_what_a_full_pass_says(name: str, tmp_path: Path) -> None:
+    """Prompts of different lengths share a batch: the shorter are padded on the left, and must not notice."""
+    model, tokenizer = opened(name, tmp_path)
+    for prompt, one in zip(PROMPTS, written(model, tokenizer, PROMPTS, temperature=1.0), strict=True):
+        signal, head = one.signal, 1 + len(tokenizer.encode(prompt)[0])
+        ids = torch.from_numpy(signal.ids.astype(np.int64))
+        with torch.inference_mode():
+            log_p = torch.log_softmax(model(ids[None]).logits[0].float(), -1)[head - 1 : -1]
+        best = log_p.topk(4, -1)
+        np.testing.assert_allclose(signal.logprobs[head:], log_p.gather(1, ids[head:, None])[:, 0], atol=1e-4)
+        np.testing.assert_allclose(signal.topk_logprobs[head:], best.values, atol=1e-2)
+        assert (signal.topk_ids[head:] == best.indices.numpy()).mean() > 0.95  # but for ties
+        assert np.isneginf(signal.logprobs[:head]).all()
+        assert np.isneginf(signal.topk_logprobs[:head]).all()
+
+
+def test_text_and_token_ends_agree(tmp_path: Path) -> None:
+    model, tokenizer = opened("gpt2", tmp_path)
+    for prompt, one in zip(PROMPTS, written(model, tokenizer, PROMPTS, seed=3, temperature=1.0), strict=True):
+        assert one.text.startswith(prompt)
+        spelt = [tokenizer.table[token] for token in one.signal.ids]
+        assert one.signal.ends.tolist() == np.cumsum([len(piece) for piece in spelt]).tolist()
+        assert not one.finished or b"".join(spelt).decode() == one.text
+
+
+def scripted(model: PreTrainedModel, tokens: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a model's likeliest next tokens those of a list, whatever came before."""
+    script = iter(tokens)
+
+    def last_logits(*_: object) -> tuple[torch.Tensor, None]:
+        return torch.nn.functional.one_hot(torch.tensor([next(script)]), model.config.vocab_size).float(), None
+
+    monkeypatch.setattr("deepfusion.writing._last_logits", last_logits)
+
+
+def test_what_does_not_end_is_unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = opened("llama", tmp_path)
+    ids = tokenizer.encode("Ann 🙂")[0]
+    for tokens, text, finished in (
+        ([*ids, tokenizer.end], "Ann 🙂", True),
+        ([*ids], "Ann 🙂", False),  # no end
+        ([*ids[:-1], tokenizer.end], "Ann \ufffd", False),  # in the middle of a character
+        ([tokenizer.end], "", True),
+    ):
+        scripted(model, tokens, monkeypatch)
+        [one] = written(model, tokenizer, ["Who? "], max_new_tokens=len(tokens))
+        assert (one.text, one.finished) == ("Who? " + text, finished)
+        assert new_tokens(one, "Who? ", tokenizer) == tokens
+
+
+def test_no_room_is_unfinished(tmp_path: Path) -> None:
+    model, tokenizer = opened("gpt2", tmp_path, context=16)
+    long = "The quick brown fox jumps over the lazy dog. " * 3
+    one = written(model, tokenizer, [long])[0]
+    assert (one.text, one.finished) == (long, False)
+    assert one.signal.topk_ids.shape == (len(one.signal.ids), 0)
+    some = written(model, tokenizer, ["What is"], max_new_tokens=100)[0]
+    assert len(some.signal.ids) <= 16
+
+
+def test_the_generator_decides(tmp_path: Path) -> None:
+    model, tokenizer = opened("llama", tmp_path)
+    texts = [[one.text for one in written(model, tokenizer, PROMPTS, seed, temperature=1.0)] for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+    greedy = [[one.text for one in written(model, tokenizer, PROMPTS, seed)] for seed in (0, 1)]
+    assert greedy[0] == greedy[1]
+
+
+def test_temperature_changes_the_choice_and_not_what_is_kept(tmp_path: Path) -> None:
+    model, tokenizer = opened("llama", tmp_path)
+    cold, greedy = (written(model, tokenizer, PROMPTS, temperature=t) for t in (1e-4, 0.0))
+    for one, other in zip(cold, greedy, strict=True):
+        assert one.text == other.text
+        np.testing.assert_allclose(one.signal.logprobs, other.signal.logprobs, atol=1e-5)
+
+
+# ── vocabularies from elsewhere ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@cache
+def spaced() -> PreTrainedTokenizerFast:
+    """SentencePiece-style: a space that no text has stands before the first word."""
+    raw = RawTokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    raw.decoder = decoders.Metaspace(prepend_scheme="always")
+    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=["<s>", "</s>"], show_progress=False)
+    raw.train_from_iterator(TEXTS[:3], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+
+
+def model_for(tokenizer: PreTrainedTokenizerFast, extra: int = 0) -> PreTrainedModel:
+    made = MadeModel(type="llama", hidden=16, ffn=16, layers=1, heads=2)
+    model = make_model(made, pico_like(tokenizer), 0)
+    if extra:
+        model.resize_token_embeddings(len(tokenizer) + extra, mean_resizing=False)
+    return model
+
+
+def pico_like(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same, with the one special token that made models ask for."""
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
+    return tokenizer
+
+
+def test_a_dummy_space_is_in_no_span() -> None:
+    raw = spaced()
+    tokenizer, model = Tokenizer(raw), model_for(raw)
+    prompt = "What is the capital? "
+    [one] = written(model, tokenizer, [prompt], temperature=1.0)
+    ends, total = one.signal.ends, len(one.text.encode())
+    inner, inner_ends = tokenizer.encode(prompt)
+    assert ends[: len(inner) + 1].tolist() == [0, *inner_ends]
+    assert ends[-1] == total
+
+
+def test_a_padded_vocabulary_spells_nothing_beyond_the_tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = spaced()
+    tokenizer, model = Tokenizer(raw), model_for(raw, extra=8)
+    scripted(model, [len(tokenizer.table) + 3, *tokenizer.encode("fox")[0], tokenizer.end], monkeypatch)
+    [one] = written(model, tokenizer, ["The"])
+    assert one.text == "The fox"
+    assert one.signal.ends[-1] == len(b"The fox")
+
+
+# ── how much at home ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prompt_nats_are_those_of_each_prompt_alone(name: str, tmp_path: Path) -> None:
+    model, tokenizer = opened(name, tmp_path)
+    prompts = [*TEXTS, "W", "Who is 🙂?"]
+    nats = prompt_nats(model, tokenizer, prompts, batch=4)
+    for prompt, found in zip(prompts, nats, strict=True):
+        ids = torch.tensor([[tokenizer.start, *tokenizer.encode(prompt)[0]]])
+        with torch.inference_mode():
+            log_p = torch.log_softmax(model(ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None])
+        assert found == pytest.approx(-float(log_p.sum()) / len(prompt.encode()), rel=1e-4)
+
+
+def test_of_a_long_prompt_the_end_counts(tmp_path: Path) -> None:
+    model, tokenizer = opened("gpt2", tmp_path, context=16)
+    long = "The quick brown fox jumps over the lazy dog. " * 3
+    assert np.isfinite(prompt_nats(model, tokenizer, [long, "W", ""])).all()
