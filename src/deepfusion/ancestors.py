@@ -8,12 +8,13 @@ import torch
 
 from deepfusion import checkpoints
 from deepfusion.artifacts import Checkpoint, Corpus, Work
-from deepfusion.config import LogitsObjective, MadeModel, Runtime
+from deepfusion.config import MadeModel, Runtime
 from deepfusion.data.batches import Schedule, Tokenizer, lessons
 from deepfusion.data.documents import Document, read_jsonl
 from deepfusion.families import family
 from deepfusion.objectives import build_objective
 from deepfusion.store import link_tree
+from deepfusion.students import PLAIN
 from deepfusion.training import Learner, fit
 
 
@@ -37,7 +38,7 @@ def make(made: MadeModel, corpus: Corpus, *, seed: int, into: Path, runtime: Run
             packs=kind.packs,
             seed=seed,
         )
-        learner = Learner(model, build_objective(LogitsObjective(beta=0), 0, 0, {}))
+        learner = Learner(model, build_objective(PLAIN, 0, 0, {}))
         done = fit(learner, schedule, made.training, seed=seed, into=into, runtime=runtime)
         active = kind.matrix_parameters(model.config)
         work = Work(tokens=done.tokens, forward=done.tokens * active, backward=2.0 * done.tokens * active)

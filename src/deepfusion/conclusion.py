@@ -66,11 +66,15 @@ def conclude(
         clusters=clusters,
         proxies=proxies,
         transfer=transfer,
-        compute=_compute(transfer, teachings, students, branches),
+        compute=_compute(recipe, transfer, teachings, students, branches),
         steps=[_step(facts, set(recipe.evaluate.references)) for facts in phases],
         losses={
-            **{name: student.losses for name, student in students.items() if student.losses},
-            **{f"branch {n}": branch.losses for n, branch in enumerate(branches) if branch.losses},
+            **{
+                name: student.losses
+                for name, student in students.items()
+                if student.losses and (name != "joint_student" or recipe.distill.shares.joint)
+            },
+            **{f"branch {n}": b.losses for n, b in enumerate(branches) if recipe.distill.shares.branch},
             **{f"device {upload.device}": upload.losses for upload in uploads},
         },
         warnings=[*warnings, *transfer.notices],
@@ -92,6 +96,7 @@ def _measured(scores: Sequence[Scores]) -> list[Measured]:
 
 
 def _compute(
+    recipe: Recipe,
     transfer: TransferSet,
     teachings: Sequence[Teaching],
     students: Mapping[str, Checkpoint],
@@ -99,11 +104,12 @@ def _compute(
 ) -> list[Compute]:
     """Server compute by system and part. All that learn from the transfer text are charged for having it written."""
     asked = sum((teaching.work for teaching in teachings), Work())
-    joint = students["joint_student"].work
-    branched = sum((branch.work for branch in branches), Work()) if branches[0] != students["joint_student"] else Work()
+    shares = recipe.distill.shares  # without a stage its student is the one before, whose work is not this stage's
+    joint = students["joint_student"].work if shares.joint else Work()
+    branched = sum((branch.work for branch in branches), Work()) if shares.branch else Work()
     longest = max((branch.work.token_parameters for branch in branches), default=0.0) if branched.tokens else 0.0
     merged = students["merged"]
-    tuned = students["deepfusion"].work if students["deepfusion"] != merged else Work()
+    tuned = students["deepfusion"].work if shares.tune else Work()
     parts = [
         Compute("deepfusion", "write", transfer.work),
         Compute("deepfusion", "consult", asked),

@@ -259,11 +259,14 @@ class LogitsObjective(Section):
     """CE + β·KL (Eq. 11 with α = 0)."""
 
     kind: Literal["logits"] = "logits"
-    beta: float = Field(default=10.0, ge=0)
+    beta: float = Field(default=3.0, ge=0)
     """Weight of the KL to the teachers (β, Eq. 11)."""
+    focus: float = Field(default=1.0, ge=0)
+    """Extra weight of a written token for each nat by which its writer finds it likelier than the writer's public
+    ancestor did: what devices have learned in private weighs more than words that anyone could have guessed."""
     label_teaches: bool = True
-    """Where there is no teacher, let the label stand in for one (the KL to a one-hot distribution), so that β does not
-    drown public text in what teachers wrote."""
+    """Where no teacher's distribution fits the student's tokens, let the label stand in for one (the KL to a one-hot
+    distribution), so that β does not drown public text, or text from other tokenizers, in the rest."""
     temperature: float = Field(default=1.0, gt=0)
     """Softmax temperature of the KL; other than 1 only for teachers asked after the fact."""
     span_weight: float = Field(default=1.0, ge=0)
@@ -298,9 +301,9 @@ Objective = Annotated[LogitsObjective | VAAObjective, Field(discriminator="kind"
 class Shares(Section):
     """How the server's budget is split."""
 
-    joint: float = Field(default=0.8, ge=0, le=1)
+    joint: float = Field(default=0.85, ge=0, le=1)
     """One student learns from all documents."""
-    branch: float = Field(default=0.1, ge=0, le=1)
+    branch: float = Field(default=0.05, ge=0, le=1)
     """K copies go on, each on its own domain; this is the sum over the copies."""
     tune: float = Field(default=0.1, ge=0, le=1)
     """The assembled MoE."""
@@ -406,6 +409,8 @@ class Recipe(Section):
                 f"cluster.k is {self.cluster.k} but there are only {self.data.partition.devices} devices "
                 "(data.partition.devices): lower k or add devices"
             )
+        if self.models.base.make is not None and self.models.base.make.type != "llama":
+            raise ValueError(f"models.base is a {self.models.base.make.type}: experts are cut from llama models so far")
         if self.assemble.top_k > self.cluster.k:
             raise ValueError(f"assemble.top_k is {self.assemble.top_k} but there are only {self.cluster.k} experts")
         return self

@@ -116,11 +116,12 @@ class _Method:
         }
 
         # Devices: each trains its own model on its own text, and uploads it with an embedding, once.
+        encoder_files = None if encoder == "hashing" else _folder_inputs(encoder)
         starts_from = _assigned([device.id for device in corpus.result().devices], recipe)
         uploads = {
             device: self.go(
                 Upload, "device", device, device=device, ancestor=ancestors[name], ancestor_name=name, corpus=corpus,
-                config=recipe.device, seed=seed + 1000 + number,
+                config=recipe.device, seed=seed + 1000 + number, also_keyed_by=encoder_files,
             )
             for number, (device, name) in enumerate(starts_from.items())
         }  # fmt: skip
@@ -279,10 +280,10 @@ class _Method:
         budget: float,
     ) -> dict[str, Future[Checkpoint]]:
         """References on the same text at equal server compute, and the one that sees everything."""
-        recipe, wanted = self.recipe, self.recipe.evaluate.references
+        recipe, wanted = self.recipe, dict.fromkeys(self.recipe.evaluate.references)
         common = {"transfer": transfer, "teachings": teachings, "config": recipe.distill, "seed": self.seed}
         copies: Future[Checkpoint] | None = None
-        if {"pooled_text", "centralized"} & set(wanted):
+        if {"pooled_text", "centralized"} & wanted.keys():
             copies = self.go(
                 Checkpoint, "upcycle", students=[base] * recipe.cluster.k, transfer=transfer, config=recipe.assemble,
                 seed=self.seed, priority=LAST,
@@ -372,10 +373,10 @@ def _inputs(recipe: Recipe) -> dict[str, str]:
 
 
 def _folder_inputs(path: str) -> dict[str, str]:
-    """Digests of a checkpoint folder's files."""
+    """Digests of the files of a model's folder."""
     folder = Path(path)
     if not folder.is_dir():
-        raise ValueError(f"checkpoint folder {folder} does not exist")
+        raise ValueError(f"model folder {folder} does not exist")
     return {p.name: file_digest(p) for p in sorted(folder.iterdir()) if p.is_file()}
 
 

@@ -26,6 +26,7 @@ class Signal:
     logprobs: np.ndarray  # [n] float32, log p(token | those before)
     topk_ids: np.ndarray  # [n, k] int32, most probable tokens, given those before
     topk_logprobs: np.ndarray  # [n, k] float16
+    gain: np.ndarray | None = None  # [n] float16, nats by which the token is likelier than under the public ancestor
     features: np.ndarray | None = None  # [J, P, W] float16, standardised stage features pooled over patches
 
 
@@ -50,6 +51,9 @@ class Signals:
             "topk_ids": _joined([s.topk_ids for s in signals], np.int32, width),
             "topk_logprobs": _joined([s.topk_logprobs for s in signals], np.float16, width),
         }
+        gains = [s.gain for s in signals if s.gain is not None]
+        if gains:
+            tensors["gain"] = _joined(gains, np.float16)
         features = [s.features for s in signals if s.features is not None]
         if features:
             tensors["features"] = np.stack(features).astype(np.float16)
@@ -63,7 +67,7 @@ class Signals:
         with safe_open(path, framework="numpy") as stored:
             about = json.loads(stored.metadata()["about"])
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (not a dict)
-        features, offsets = tensors.get("features"), tensors["offsets"]
+        gain, features, offsets = tensors.get("gain"), tensors.get("features"), tensors["offsets"]
         of: dict[str, Signal] = {}
         for index, document in enumerate(about["documents"]):
             span = slice(int(offsets[index]), int(offsets[index + 1]))
@@ -73,6 +77,7 @@ class Signals:
                 logprobs=tensors["logprobs"][span],
                 topk_ids=tensors["topk_ids"][span],
                 topk_logprobs=tensors["topk_logprobs"][span],
+                gain=None if gain is None else gain[span],
                 features=None if features is None else features[index],
             )
         return cls(about["tokenizer"], about["lineage"], of)

@@ -17,6 +17,7 @@ from deepfusion.objectives import build_objective
 from deepfusion.signals import Signals
 from deepfusion.training import Learner, fit
 
+PLAIN = LogitsObjective(beta=0, focus=0)  # cross-entropy alone
 PASSES = 3.0  # a token's forward counts its active parameters once, its backward twice
 
 
@@ -84,7 +85,7 @@ def transfer_lessons(
     cluster: int | None = None,
     ask: str = "writers",
     only_public: bool = False,
-    patches: int = 0,
+    objective: LogitsObjective = PLAIN,
 ) -> list[Lesson]:
     """The transfer set as lessons for `student`: each document with its teacher's signals, in the student's tokens.
 
@@ -97,6 +98,7 @@ def transfer_lessons(
         of
             `cluster`, which is then asked about every public document, as published).
         only_public: leave out written documents.
+        objective: what the lessons are for: its `focus`, and the patches of features that it wants.
     """
     documents = list(read_jsonl(transfer.documents, TransferDocument))
     tokenizer = Tokenizer(checkpoints.open_tokenizer(student.folder))
@@ -121,7 +123,14 @@ def transfer_lessons(
             for signals in teachers
             if (
                 lesson := taught(
-                    document, signals.of[document.id], signals, tokenizer, training, cluster=owner, patches=patches
+                    document,
+                    signals.of[document.id],
+                    signals,
+                    tokenizer,
+                    training,
+                    cluster=owner,
+                    patches=feature_patches(objective),
+                    focus=objective.focus,
                 )
             )
         ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import RenderableType
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from deepfusion.display import amount, duration
 
@@ -22,7 +22,7 @@ INSIDE = ("clusters", "transfer", "routing", "bytes", "memory", "rejected", "war
 METRICS = {
     "token_accuracy": "token accuracy",
     "token_log_perplexity": "log-perplexity",
-    "choice_accuracy": "choice accuracy",
+    "choice_accuracy": "choices right",
     "answer_nats_per_byte": "nats per byte",
 }
 
@@ -63,7 +63,9 @@ def plan(steps: Sequence[PlannedStep]) -> list[RenderableType]:
 
 def overview(results: Mapping[str, Any]) -> list[RenderableType]:
     """What the systems answer, what each took the server, and where the time went."""
-    return _spaced([_systems(results["rows"]), _compute(results.get("compute", [])), _time(results["phases"])])
+    rows = results["rows"]
+    tables = [_systems(rows, "private_only", "what only devices know"), _systems(rows, "all", "all test questions")]
+    return _spaced([*tables, _compute(results.get("compute", [])), _time(results["phases"])])
 
 
 def inspection(results: Mapping[str, Any]) -> list[RenderableType]:
@@ -95,26 +97,22 @@ def metrics(rows: Iterable[ResultRow]) -> Table:
     return table
 
 
-def _systems(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Every system over all domains; of several items (devices, clusters) the mean."""
-    kept = [row for row in rows if row["domain"] == "all"]
-    columns = [
-        (subset, metric)
-        for subset in ("private_only", "all")
-        for metric in METRICS
-        if any(row["subset"] == subset and row["metric"] == metric for row in kept)
-    ]
-    table = Table("system", *(f"{METRICS[m]}\n{s.replace('_', ' ')}" for s, m in columns), box=None)
+def _systems(rows: Sequence[Mapping[str, Any]], subset: str, title: str) -> Table:
+    """Every system over all domains, on one subset; of several items (devices, clusters) the mean and the best."""
+    kept = [row for row in rows if row["domain"] == "all" and row["subset"] == subset]
+    names = [name for name in METRICS if any(row["metric"] == name for row in kept)]
+    table = Table(Column(title, no_wrap=True), *(Column(METRICS[n], justify="right") for n in names), box=None)
     for system in dict.fromkeys(row["system"] for row in kept):
-        cells: list[str] = []
-        for subset, metric in columns:
-            found = [
-                float(row["value"])
-                for row in kept
-                if (row["system"], row["subset"], row["metric"]) == (system, subset, metric)
-            ]
-            cells.append(f"{sum(found) / len(found):.3f}" if found else "")
-        table.add_row(escape(system), *cells)
+        values = {
+            name: [float(r["value"]) for r in kept if r["system"] == system and r["metric"] == name] for name in names
+        }
+        several = max(map(len, values.values()))
+        strong = "bold" if system == "deepfusion" else None
+        label = escape(system) if several == 1 else f"{escape(system)}, mean of {several}"
+        table.add_row(label, *(f"{sum(v) / len(v):.3f}" if v else "" for v in values.values()), style=strong)
+        if several > 1:
+            best = [f"{(max if name.endswith('accuracy') else min)(v):.3f}" if v else "" for name, v in values.items()]
+            table.add_row(f"{escape(system)}, best of {several}", *best)
     return table
 
 

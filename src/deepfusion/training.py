@@ -148,11 +148,14 @@ class _Bookkeeper(TrainerCallback):
             done = (state.global_step - 1) * self.per_step
             self.ticker = Ticker(self.into, state.max_steps * self.per_step, "tokens", done)
         self.ticker.advance(self.per_step)
-        if time.monotonic() - self.saved_at > self.seconds and state.global_step < state.max_steps:
+        due = time.monotonic() - self.saved_at > self.seconds and state.global_step < state.max_steps
+        if due and state.global_step % args.logging_steps == 0:  # a sum of losses under way is in no checkpoint
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.saved_at = time.monotonic()
+        if control.should_training_stop and state.global_step < state.max_steps:
+            return  # stopped early: who resumes here would train on, so let them come here again
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
 
@@ -184,7 +187,8 @@ def fit(
     scratch = into / SCRATCH
     resume_from = _latest_complete(scratch)
     steps = len(schedule)
-    every = max(1, steps // evaluations)
+    logged = max(1, steps // 50)
+    every = max(1, steps // evaluations // logged) * logged
     bookkeeper = _Bookkeeper(into, schedule, runtime.checkpoint_seconds)
     arguments = TrainingArguments(
         output_dir=str(scratch),
@@ -200,13 +204,14 @@ def fit(
         optim="adamw_torch_fused",
         adam_beta2=0.98,
         logging_strategy="steps",
-        logging_steps=max(1, steps // 50),
+        logging_steps=logged,
         save_strategy="steps" if heldout is not None else "no",
         save_steps=every,
         save_total_limit=1,
         eval_strategy="steps" if heldout is not None else "no",
         eval_steps=every,
         load_best_model_at_end=heldout is not None,
+        restore_callback_states_from_checkpoint=heldout is not None,  # how long its patience has been tried
         metric_for_best_model="eval_loss" if heldout is not None else None,
         prediction_loss_only=True,
         label_names=["labels"],

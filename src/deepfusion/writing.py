@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -106,8 +106,9 @@ def _one(prompt: str, head: list[int], ends: list[int], columns: list[np.ndarray
     tokens, logprobs, best_ids, best_logprobs = columns
     ended = np.flatnonzero(tokens == tokenizer.end)
     count = int(ended[0]) + 1 if len(ended) else len(tokens)
-    # A model's vocabulary is often padded beyond its tokenizer's, with tokens that spell nothing.
-    pieces = [tokenizer.table[token] if token < len(tokenizer.table) else b"" for token in tokens[:count].tolist()]
+    # The end token spells nothing; nor do those with which vocabularies are often padded beyond their tokenizer's.
+    spells = {token: tokenizer.table[token] for token in tokens.tolist() if token < len(tokenizer.table)}
+    pieces = [b"" if token == tokenizer.end else spells.get(token, b"") for token in tokens[:count].tolist()]
     raw = b"".join(pieces)
     try:
         text, finished = prompt + raw.decode(), bool(len(ended))
@@ -142,6 +143,39 @@ def _signal(
 
 
 @torch.no_grad()
+def with_gain(
+    signals: Mapping[str, Signal], ancestor: PreTrainedModel, tokenizer: Tokenizer, batch: int = 64
+) -> dict[str, Signal]:
+    """The signals with each token's gain: how many nats likelier its writer found it than the writer's public ancestor.
+
+    What a device has learned in private stands out; words that everyone could have guessed do not. Tokens that the
+    writer has no opinion on, and those that the ancestor finds likelier, have none.
+    """
+    result: dict[str, Signal] = {}
+    names = sorted(signals, key=lambda name: len(signals[name].ids))
+    for at in range(0, len(names), batch):
+        some = names[at : at + batch]
+        ids, mask = _padded([signals[name].ids.tolist() for name in some], tokenizer.end)
+        ids, mask = ids.to(ancestor.device), mask.to(ancestor.device)
+        log_p = torch.log_softmax(ancestor(input_ids=ids, attention_mask=mask, use_cache=False).logits.float(), -1)
+        before = log_p[:, :-1].gather(2, ids[:, 1:, None])[..., 0].cpu().numpy()
+        for row, name in enumerate(some):
+            signal = signals[name]
+            gain = np.zeros(len(signal.ids), np.float16)
+            gain[1:] = np.maximum(signal.logprobs[1:] - before[row, : len(signal.ids) - 1], 0)
+            result[name] = replace(signal, gain=gain)
+    return {name: result[name] for name in signals}
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
+    """Token ids and mask `[rows, longest]`, padded at the end, where a causal model's other positions cannot see it."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return ids, mask
+
+
+@torch.no_grad()
 def prompt_nats(model: PreTrainedModel, tokenizer: Tokenizer, prompts: Sequence[str], batch: int = 64) -> np.ndarray:
     """−log p of every prompt per UTF-8 byte, `[n]` float64: how much at home a model is in a text's words.
 
@@ -152,12 +186,7 @@ def prompt_nats(model: PreTrainedModel, tokenizer: Tokenizer, prompts: Sequence[
     for at in range(0, len(order), batch):
         chosen = order[at : at + batch]
         encoded = [[tokenizer.start, *tokenizer.encode(prompts[i])[0][1 - room :]] for i in chosen]
-        width = max(map(len, encoded))
-        ids = torch.full((len(chosen), width), tokenizer.end)
-        mask = torch.zeros(len(chosen), width, dtype=torch.long)
-        for row, tokens in enumerate(encoded):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = 1
+        ids, mask = _padded(encoded, tokenizer.end)
         ids, mask = ids.to(model.device), mask.to(model.device)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
         nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2).float(), ids[:, 1:], reduction="none")

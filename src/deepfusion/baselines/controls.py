@@ -12,13 +12,12 @@ from pathlib import Path
 
 from deepfusion import checkpoints
 from deepfusion.artifacts import Checkpoint, Corpus, Teaching, TransferSet
-from deepfusion.config import DistillPhase, EvaluatePhase, LogitsObjective, Runtime
+from deepfusion.config import DistillPhase, EvaluatePhase, Runtime
 from deepfusion.data.batches import Tokenizer, lessons
 from deepfusion.data.documents import Document, read_jsonl
 from deepfusion.phases.distill import distill
-from deepfusion.students import learn, tokens_within, transfer_lessons
+from deepfusion.students import PLAIN, learn, tokens_within, transfer_lessons
 
-PLAIN = LogitsObjective(beta=0)
 CENTRAL_CHECKS = 20
 
 

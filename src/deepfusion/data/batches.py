@@ -23,6 +23,7 @@ from deepfusion.config import Training
 from deepfusion.data.documents import Document
 from deepfusion.signals import Signal, Signals
 
+MAX_GAIN = 5.0  # nats: a token that the ancestor thought impossible must not drown all others
 Rows = list[list[int]]  # per row: indices of lessons
 
 
@@ -119,8 +120,11 @@ def taught(
     *,
     cluster: int = -1,
     patches: int = 0,
+    focus: float = 0.0,
 ) -> Lesson | None:
     """A document with its teacher's signal, in the student's tokens; None when it does not fit the context.
+
+    With `focus`, a token weighs 1 + focus · gain (see `Signal.gain`), in the cross-entropy and in the KL.
 
     With equal tokenizers the teacher's own tokens are kept, so every position has its distribution. Otherwise the
     document is tokenised anew and the teacher speaks through the likelihood of the chunks that both tokenizations
@@ -137,6 +141,7 @@ def taught(
         return None
     answer_from = len(document.prompt.encode())
     weights = np.where(ends > answer_from, training.answer_weight, 1.0).astype(np.float32)
+    weights *= 1 + focus * _gain_at(ends, signal, same)
     weights[0] = 0.0
     extra: dict[str, Any] = {}
     if same:
@@ -151,6 +156,18 @@ def taught(
         extra["pool"] = np.array([(token + 1, patch) for token, patch in pairs], np.int64)
         extra["features"], extra["lineage"] = signal.features, teacher.lineage
     return Lesson(ids=ids, weights=weights, cluster=cluster, **extra)
+
+
+def _gain_at(ends: np.ndarray, signal: Signal, same: bool) -> np.ndarray:
+    """Gain of every student token: the teacher's own where tokens are the same, else that of the byte it ends on."""
+    if signal.gain is None:
+        return np.zeros(len(ends), np.float32)
+    gain = np.minimum(signal.gain.astype(np.float32), MAX_GAIN)
+    if same:
+        return gain
+    # A token's last byte belongs to the teacher's first token that ends there or later; the end token to the end token.
+    place = np.searchsorted(signal.ends[1:-1], ends[1:-1], side="left") + 1
+    return np.concatenate([gain[:1], gain[np.minimum(place, len(gain) - 1)], gain[-1:]])
 
 
 def _chunks(ends: np.ndarray, signal: Signal) -> tuple[np.ndarray, np.ndarray]:
@@ -241,6 +258,7 @@ def collate(items: Sequence[list[list[Lesson]]]) -> dict[str, Tensor]:
     topk_logprobs = np.full((*shape, depth), -np.inf, np.float32)
     topk_weight = np.zeros(shape, np.float32)
     chunk, chunk_logprobs = np.full(shape, -1, np.int64), list[np.ndarray]()
+    chunk_weights = list[np.ndarray]()
     pool_token, pool_slot = list[np.ndarray](), list[np.ndarray]()
     features: dict[str, list[tuple[int, np.ndarray]]] = {}
     chunks = number = pooled = 0
@@ -258,11 +276,12 @@ def collate(items: Sequence[list[list[Lesson]]]) -> dict[str, Tensor]:
                     lesson.topk_ids[1:],
                     lesson.topk_logprobs[1:],
                 )
-                topk_weight[r, predicting] = np.isfinite(lesson.topk_logprobs[1:]).any(1)
+                topk_weight[r, predicting] = lesson.weights[1:] * np.isfinite(lesson.topk_logprobs[1:]).any(1)
             if lesson.chunk is not None and lesson.chunk_logprobs is not None:
                 shifted = lesson.chunk[1:]
                 chunk[r, predicting] = np.where(shifted >= 0, shifted + chunks, -1)
                 chunk_logprobs.append(lesson.chunk_logprobs)
+                chunk_weights.append(_chunk_weights(lesson))
                 chunks += len(lesson.chunk_logprobs)
             if lesson.pool is not None and lesson.features is not None:
                 patches = lesson.features.shape[1]
@@ -286,7 +305,7 @@ def collate(items: Sequence[list[list[Lesson]]]) -> dict[str, Tensor]:
         batch |= {
             "chunk": chunk,
             "chunk_logprobs": np.concatenate(chunk_logprobs),
-            "chunk_weight": np.ones(chunks, np.float32),
+            "chunk_weight": np.concatenate(chunk_weights),
         }
     if pooled:
         batch |= {
@@ -298,6 +317,16 @@ def collate(items: Sequence[list[list[Lesson]]]) -> dict[str, Tensor]:
             batch[f"features:{lineage}"] = np.stack([f for _, f in pairs]).astype(np.float32)
             batch[f"features_document:{lineage}"] = np.array([d for d, _ in pairs], np.int64)
     return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def _chunk_weights(lesson: Lesson) -> np.ndarray:
+    """Weight of each chunk: its heaviest token's."""
+    assert lesson.chunk is not None
+    assert lesson.chunk_logprobs is not None
+    weights = np.zeros(len(lesson.chunk_logprobs), np.float32)
+    inside = lesson.chunk >= 0
+    np.maximum.at(weights, lesson.chunk[inside], lesson.weights[inside])
+    return weights
 
 
 def isolation_mask(document: Tensor) -> Tensor:

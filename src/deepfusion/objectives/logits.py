@@ -25,9 +25,10 @@ class Logits(Objective):
         chunk `[B, T]`, chunk_logprobs, chunk_weight `[C]`: the chunk of each label (-1 none) and the teacher's
             log-likelihood of each chunk, where the tokenizers differ (weight 0: chunk left out).
 
-    Either group of teacher fields may be missing; with none there is only CE. KL and span likelihood are mixed by
-    token: both are summed and divided by the number of all tokens that a teacher covers (each counted by its weight,
-    a chunk's tokens by the chunk's). With β = 0 no KL is computed, and `kl` is given as 0.
+    Either group of teacher fields may be missing. With `label_teaches` every label without a top-k distribution stands in
+    for one (the KL to a one-hot teacher is the label's cross-entropy), so that β weighs all text alike. KL and span
+    likelihood are mixed by token: both are summed and divided by the number of all tokens that are taught (each counted
+    by its weight, a chunk's tokens by the chunk's). With β = 0 there is only CE, and `kl` is given as 0.
     """
 
     def __init__(self, config: LogitsObjective) -> None:
@@ -43,20 +44,18 @@ class Logits(Objective):
         ce = weighted_mean(-logprobs, weights * (labels != IGNORED))
 
         kl, span, covered = logits.new_zeros(3, dtype=torch.float32)
-        untaught = labels != IGNORED
+        by_label = (labels != IGNORED) & self.config.label_teaches & (self.config.beta > 0)
         if "topk_ids" in batch:
             kl = (divergence * batch["topk_weight"]).sum()
             covered = covered + batch["topk_weight"].sum()
-            untaught = untaught & (batch["topk_weight"] == 0)
+            by_label = by_label & (batch["topk_weight"] == 0)
+        kl = kl - (logprobs * weights * by_label).sum()
+        covered = covered + (weights * by_label).sum()
         if "chunk" in batch:
             chunk, weight = batch["chunk"], batch["chunk_weight"]
             spans = span_divergence(logprobs, chunk, batch["chunk_logprobs"], self.config.span_temperature)
             span = (spans * weight).sum()
-            covered = covered + weight[chunk[chunk >= 0]].sum()
-            untaught = untaught & ((chunk < 0) | (weight[chunk.clamp(min=0)] == 0))
-        if self.config.label_teaches:
-            kl = kl - (logprobs * untaught).sum()
-            covered = covered + untaught.sum()
+            covered = covered + (weight[chunk.clamp(min=0)] * ((chunk >= 0) & ~by_label)).sum()
         covered = torch.where(covered > 0, covered, 1.0)
         kl, span = kl / covered, span / covered
         loss = ce + self.config.beta * (kl + self.config.span_weight * span)

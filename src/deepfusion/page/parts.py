@@ -10,16 +10,19 @@ from deepfusion.metrics import Subset, gap_closed
 STAGES = {
     "base": "base model, public text only",
     "device": "devices' own models",
+    "device_ensemble": "devices, ensemble",
+    "proxy": "proxies",
     "proxy_ensemble": "proxies, ensemble",
     "joint_student": "joint student",
+    "branch": "branches",
     "branch_ensemble": "branches, ensemble",
     "merged": "merged MoE, before tuning",
     "deepfusion": "DeepFusion MoE",
 }
 REFERENCES = {
     "pooled_text": "pooled text, MoE",
-    "pooled_text_dense": "pooled text, dense, upcycled",
-    "dense_kd": "dense distillation, upcycled",
+    "pooled_text_dense": "pooled text, dense",
+    "dense_kd": "dense distillation",
     "fedavg_dense": "FedAvg, dense",
     "fedjets": "FedJETS",
     "fedkmt": "FedKMT",

@@ -9,13 +9,14 @@ import torch
 
 from deepfusion import checkpoints
 from deepfusion.artifacts import Checkpoint, Corpus, Upload, Work
-from deepfusion.config import DevicePhase, LogitsObjective, Runtime
+from deepfusion.config import DevicePhase, Runtime
 from deepfusion.data.batches import Lesson, Schedule, Tokenizer, lessons
 from deepfusion.data.documents import Document, read_jsonl
 from deepfusion.encoders import PROJECTION_SEED, embed
 from deepfusion.families import family
 from deepfusion.objectives import build_objective
 from deepfusion.phases.upload import upload_bytes
+from deepfusion.students import PLAIN
 from deepfusion.training import Learner, fit
 
 
@@ -51,7 +52,7 @@ def train_device(
     )
     tokens = config.epochs * (own_tokens + sum(map(len, replay)))
     schedule = Schedule(own + replay, tokens, config.training, packs=kind.packs, seed=seed)
-    learner = Learner(model, build_objective(LogitsObjective(beta=0), 0, 0, {}))
+    learner = Learner(model, build_objective(PLAIN, 0, 0, {}))
     done = fit(learner, schedule, config.training, seed=seed, into=into, runtime=runtime)
     checkpoints.save_model(model.to(getattr(torch, config.training.dtype)), tokenizer.raw, into / "model")
     texts = [document.text for document in private]

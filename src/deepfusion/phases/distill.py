@@ -8,6 +8,7 @@ its cluster's documents and teachers; branches alone, from public text and avera
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def distill(
         config.training,
         cluster=cluster,
         ask=config.teachers,
-        patches=feature_patches(config.objective),
+        objective=config.objective,
     )
     if not text and cluster is not None:
         link_tree(student.folder, into)
@@ -194,6 +195,6 @@ def _standardised(of: dict[str, Signal], objective: VAAObjective) -> dict[str, S
     raw = torch.from_numpy(np.stack([signal.features for signal in of.values() if signal.features is not None]))
     features = standardise(raw)[0] if objective.standardise else raw
     return {
-        name: Signal(s.ids, s.ends, s.logprobs, s.topk_ids, s.topk_logprobs, features[i].numpy().astype(np.float16))
-        for i, (name, s) in enumerate(of.items())
+        name: replace(signal, features=features[number].numpy().astype(np.float16))
+        for number, (name, signal) in enumerate(of.items())
     }

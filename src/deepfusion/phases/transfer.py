@@ -25,7 +25,7 @@ from deepfusion.phases.proxy import name_of
 from deepfusion.progress import Ticker
 from deepfusion.signals import Signal, Signals
 from deepfusion.store import link_tree
-from deepfusion.writing import Written, prompt_nats, write
+from deepfusion.writing import Written, prompt_nats, with_gain, write
 
 NOTICE = (
     "The transfer text was written by devices' models: it can repeat private text word for word, and so can the "
@@ -116,6 +116,10 @@ def write_cluster(
                     signals[document.id] = one.signal
                 ticker.advance(len(batch))
         if signals:
+            ancestor = checkpoints.open_model(ancestors[writer.lineage].folder, accelerator=runtime.accelerator)
+            signals = with_gain(signals, ancestor, tokenizer)
+            tokens = sum(len(signal.ids) for signal in signals.values())
+            work += Work(tokens=tokens, forward=float(tokens * writer.active_parameters))
             kept_as = into / "signals" / f"{writer.name}.safetensors"
             Signals(tokenizer.fingerprint, writer.lineage, signals).save(kept_as)
             by_writer[writer.name] = len(signals)

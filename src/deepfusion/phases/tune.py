@@ -31,7 +31,15 @@ def tune(
         ask: whose signals the teachings hold, as in `DistillPhase.teachers`.
         budget: token-parameters, forward and backward; what measuring the router took is part of it.
     """
-    text = transfer_lessons(moe, transfer, teachings, config.training, ask=ask, only_public=config.text == "public")
+    text = transfer_lessons(
+        moe,
+        transfer,
+        teachings,
+        config.training,
+        ask=ask,
+        only_public=config.text == "public",
+        objective=config.objective,
+    )
     return learn(
         moe,
         text,

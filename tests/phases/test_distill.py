@@ -1,0 +1,191 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deepfusion.alignment import patch_membership
+from deepfusion.artifacts import Checkpoint, Proxy, Teaching, TransferSet, Upload
+from deepfusion.checkpoints import open_model, open_tokenizer
+from deepfusion.config import DistillPhase, LogitsObjective, ProxyPhase, VAAObjective
+from deepfusion.data.batches import Tokenizer
+from deepfusion.data.documents import TransferDocument, read_jsonl
+from deepfusion.families import family
+from deepfusion.phases.distill import consult, distill
+from deepfusion.phases.proxy import average, name_of
+from deepfusion.signals import Signals
+from tiny import FAST, HERE, PRIVATE, PUBLIC, checkpoint, folder, transfer, upload, weights
+
+PLAIN = DistillPhase(objective=LogitsObjective(beta=3), training=FAST, teacher_top_k=5)
+VAA = PLAIN.model_copy(update={"objective": VAAObjective(stages=1, patches=2, width=8, heads=2)})
+
+
+class World:
+    """A base model, a device of another architecture, its proxy, and text that the device answered."""
+
+    def __init__(self, root: Path) -> None:
+        self.base = checkpoint("llama", root / "llama")
+        self.ancestor = checkpoint("gpt2", root / "gpt2", seed=5)
+        self.device = upload("d-law", self.ancestor, root / "d-law")
+        self.proxy = average([self.device], 0, ProxyPhase(), into=folder(root / "proxy"))
+        writer = self.ancestor.model_copy(update={"folder": self.device.model})
+        self.transfer = transfer(folder(root / "transfer"), writer)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+def asked(world: World, teacher: Upload | Proxy, into: Path, config: DistillPhase = PLAIN) -> tuple[Teaching, Signals]:
+    told = consult(teacher, 0, world.transfer, config, into=folder(into), runtime=HERE)
+    return told, Signals.load(told.signals)
+
+
+# ── asking ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_proxy_is_asked_about_public_text_and_what_its_cluster_knows(world: World, tmp_path: Path) -> None:
+    told, signals = asked(world, world.proxy, tmp_path)
+    assert list(signals.of) == [*(f"public-{n}" for n in range(len(PUBLIC))), "d-law/a0", "d-law/a1"]
+    assert (told.teacher, told.cluster, told.lineage, told.width) == (
+        name_of(world.proxy),
+        0,
+        world.ancestor.lineage,
+        16,
+    )
+    assert Teaching.load(tmp_path) == told
+
+
+def test_a_device_is_asked_about_what_it_wrote(world: World, tmp_path: Path) -> None:
+    told, signals = asked(world, world.device, tmp_path)
+    assert list(signals.of) == ["d-law/a0", "d-law/a1"]
+    assert told.teacher == "d-law"
+    kept = Signals.load(world.transfer.signals / "d-law.safetensors")
+    for name, signal in signals.of.items():  # in the tokens that it wrote
+        assert signal.ids.tolist() == kept.of[name].ids.tolist()
+        assert signal.ends.tolist() == kept.of[name].ends.tolist()
+
+
+@pytest.mark.parametrize("top_k", [5, None])
+def test_what_is_kept_is_what_the_teacher_says(top_k: int | None, world: World, tmp_path: Path) -> None:
+    told, signals = asked(world, world.proxy, tmp_path, PLAIN.model_copy(update={"teacher_top_k": top_k}))
+    model, tokenizer = open_model(world.proxy.model), Tokenizer(open_tokenizer(world.proxy.model))
+    tokens = 0
+    for document in read_jsonl(world.transfer.documents, TransferDocument):
+        if document.id not in signals.of:
+            continue
+        signal = signals.of[document.id]
+        ids = torch.tensor([[tokenizer.start, *tokenizer.encode(document.text)[0], tokenizer.end]])
+        assert signal.ids.tolist() == ids[0].tolist()
+        assert signal.ends[-1] == signal.ends[-2] == len(document.text.encode())
+        with torch.inference_mode():
+            log_p = model(ids).logits[0, :-1].log_softmax(-1)
+        best = log_p.topk(top_k or log_p.shape[-1], -1)
+        np.testing.assert_allclose(signal.logprobs[1:], log_p.gather(1, ids[0, 1:, None])[:, 0], atol=1e-5)
+        np.testing.assert_allclose(signal.topk_logprobs[1:], best.values, atol=2e-2)
+        if top_k:
+            assert (signal.topk_ids[1:] == best.indices.numpy()).mean() > 0.9  # but for ties
+        assert not signal.logprobs[0]
+        assert not signal.topk_logprobs[0].any()
+        tokens += ids.numel()
+    assert told.work.tokens == tokens
+    assert told.work.forward == tokens * world.proxy.active_parameters
+
+
+def test_features_are_stages_pooled_over_patches(world: World, tmp_path: Path) -> None:
+    objective = VAAObjective(stages=1, patches=2, standardise=False)
+    _, signals = asked(world, world.proxy, tmp_path, VAA.model_copy(update={"objective": objective}))
+    model, tokenizer = open_model(world.proxy.model), Tokenizer(open_tokenizer(world.proxy.model))
+    text = PUBLIC[0][1]
+    inner, ends = tokenizer.encode(text)
+    with torch.inference_mode():
+        last = model(torch.tensor([[tokenizer.start, *inner, tokenizer.end]]), output_hidden_states=True).hidden_states[
+            -1
+        ]
+    members = patch_membership(ends, len(text.encode()), 2)
+    for patch in (0, 1):
+        mean = torch.stack([last[0, 1 + token] for token, p in members if p == patch]).mean(0)
+        np.testing.assert_allclose(signals.of["public-0"].features[0, patch], mean, atol=5e-3)  # pyright: ignore[reportOptionalSubscript]
+
+
+def test_features_are_standardised_over_documents(world: World, tmp_path: Path) -> None:
+    _, signals = asked(world, world.proxy, tmp_path, VAA)
+    features = np.stack([np.asarray(signal.features, np.float32) for signal in signals.of.values()])
+    assert features.shape == (5, 1, 2, 16)
+    np.testing.assert_allclose(features.mean((0, 2)), 0, atol=1e-2)
+    np.testing.assert_allclose(features.std((0, 2)), 1, atol=0.15)
+
+
+def test_what_a_teacher_cannot_read_it_is_not_asked(world: World, tmp_path: Path) -> None:
+    """The long document is left out; the student then learns it from its labels."""
+    short = checkpoint("gpt2", tmp_path / "short", context=24)
+    teacher = upload("d-law", short, tmp_path / "device")
+    (teacher.model / "config.json").write_bytes((short.folder / "config.json").read_bytes())
+    (teacher.model / "model.safetensors").write_bytes((short.folder / "model.safetensors").read_bytes())
+    proxy = average([teacher], 0, ProxyPhase(), into=folder(tmp_path / "proxy"))
+    _, signals = asked(world, proxy, tmp_path / "told")
+    assert all(len(signal.ids) <= 24 for signal in signals.of.values())
+    assert 0 < len(signals.of) < 5
+
+
+# ── learning ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def learnt(
+    world: World, into: Path, config: DistillPhase = PLAIN, cluster: int | None = None, told: tuple[Teaching, ...] = (),
+    text: TransferSet | None = None,
+) -> Checkpoint:  # fmt: skip
+    budget = 3.0 * world.base.active_parameters * 400
+    return distill(
+        world.base, text or world.transfer, told, config, budget=budget, cluster=cluster, seed=0, into=folder(into),
+        runtime=HERE,
+    )  # fmt: skip
+
+
+def test_joint_and_branch_spend_their_budget(world: World, tmp_path: Path) -> None:
+    for cluster in (None, 0):
+        student = learnt(world, tmp_path / str(cluster), cluster=cluster)
+        assert 400 <= student.work.tokens < 400 + FAST.rows * FAST.context
+        assert student.lineage == world.base.lineage
+        assert student.losses[-1][1] < student.losses[0][1]
+    assert learnt(world, tmp_path / "again").digest == Checkpoint.load(tmp_path / "None").digest
+
+
+def test_a_branch_may_change_its_ffns_alone(world: World, tmp_path: Path) -> None:
+    config = PLAIN.model_copy(update={"branch_trains": "ffn"})
+    before, kind = weights(world.base.folder), family("llama")
+    for cluster, expected in ((0, {"ffn"}), (None, {"ffn", "attention", "embedding", "norm"})):
+        after = weights(learnt(world, tmp_path / str(cluster), config, cluster).folder)
+        assert {kind.role(name) for name in before if before[name] != after[name]} - {"head"} == expected
+
+
+def test_a_branch_that_nobody_wrote_for_stays_as_it_is(world: World, tmp_path: Path) -> None:
+    text = transfer(folder(tmp_path / "transfer"), public=False)
+    student = learnt(world, tmp_path / "branch", cluster=0, text=text)
+    assert weights(student.folder) == weights(world.base.folder)
+    assert (student.lineage, student.work.tokens) == (world.base.lineage, 0)
+    with pytest.raises(ValueError, match="there is no text to train on"):
+        learnt(world, tmp_path / "joint", text=text)
+
+
+def test_view_aligned_attention_leaves_an_ordinary_checkpoint(world: World, tmp_path: Path) -> None:
+    config = VAA.model_copy(update={"teachers": "proxies"})
+    told, _ = asked(world, world.proxy, tmp_path / "told", config)
+    student = learnt(world, tmp_path / "student", config, told=(told,))
+    assert set(weights(student.folder)) == set(weights(world.base.folder))
+    assert student.parameters == world.base.parameters
+    other = learnt(world, tmp_path / "other", PLAIN.model_copy(update={"teachers": "proxies"}), told=(told,))
+    assert other.digest != student.digest
+
+
+def test_who_is_asked_decides_what_is_learnt(world: World, tmp_path: Path) -> None:
+    told, _ = asked(world, world.proxy, tmp_path / "told")
+    proxies = PLAIN.model_copy(update={"teachers": "proxies"})
+    digests = {
+        learnt(world, tmp_path / "writers").digest,
+        learnt(world, tmp_path / "proxies", proxies, told=(told,)).digest,
+        learnt(world, tmp_path / "labels", PLAIN.model_copy(update={"objective": LogitsObjective(beta=0)})).digest,
+    }
+    assert len(digests) == 3
+    assert len(PRIVATE) == 2

@@ -1,0 +1,294 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from deepfusion import pipeline
+from deepfusion.artifacts import MANIFEST, Report, Upload
+from deepfusion.config import Runtime
+from deepfusion.phases import device
+from deepfusion.weights import WEIGHTS, tensors, write
+from tiny import HERE, recipe
+
+SYSTEMS = {
+    "base", "device", "device_ensemble", "proxy", "proxy_ensemble", "joint_student", "branch", "branch_ensemble",
+    "merged", "deepfusion", "pooled_text", "pooled_text_dense", "dense_kd", "centralized",
+}  # fmt: skip
+DEVICES = [f"device-0{n}" for n in range(4)]
+
+
+class Seen:
+    """A watcher that notes what was run, found and said."""
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+        self.found: list[str] = []
+        self.said: list[str] = []
+
+    def started(self, name: str, folder: Path) -> None: ...
+
+    def finished(self, name: str, seconds: float, cached: bool) -> None:
+        (self.found if cached else self.ran).append(name)
+
+    def failed(self, name: str, reason: str) -> None:
+        self.said.append(reason)
+
+    def message(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report, Seen]:
+    """One run of everything."""
+    out, seen = tmp_path_factory.mktemp("runs") / "tiny", Seen()
+    return out, pipeline.run(recipe(), out, HERE, seen), seen
+
+
+@pytest.fixture
+def again(done: tuple[Path, Report, Seen], tmp_path: Path) -> Callable[..., tuple[Path, Seen]]:
+    """Run a changed recipe in a copy of the finished run's folder."""
+
+    def run(*overrides: str, without: str = "nothing") -> tuple[Path, Seen]:
+        out, seen = tmp_path / "run", Seen()
+        shutil.copytree(done[0], out, dirs_exist_ok=True)
+        for folder in out.glob(f"steps/*/{without}-*"):
+            shutil.rmtree(folder)
+        pipeline.run(recipe(*overrides), out, HERE, seen)
+        return out, seen
+
+    return run
+
+
+def results(out: Path) -> dict[str, Any]:
+    return json.loads((out / "results.json").read_text())
+
+
+def step_folders(out: Path) -> list[str]:
+    return sorted(path.name for path in out.glob("steps/*/*"))
+
+
+# ── one run ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_results_follow_their_schema(done: tuple[Path, Report, Seen]) -> None:
+    found = results(done[0])
+    assert (found["schema"], found["run"], found["seed"], found["rejected"]) == (1, "tiny", 0, [])
+    assert len(found["recipe_digest"]) == 64
+    assert {"python", "torch", "transformers", "deepfusion"} <= set(found["versions"])
+    rows = found["rows"]
+    assert {row["system"] for row in rows} == SYSTEMS
+    assert {row["subset"] for row in rows} == {"all", "private_only", "public"}
+    assert {"token_log_perplexity", "token_accuracy", "choice_accuracy"} <= {row["metric"] for row in rows}
+    assert {row["item"] for row in rows if row["system"] == "device"} == set(DEVICES)
+    for row in rows:
+        assert set(row) == {"system", "domain", "subset", "metric", "value", "count", "seed", "item"}
+        assert isinstance(row["value"], float)
+        assert row["count"] > 0
+    assert set(found["bytes"]["per_device"]) == set(DEVICES)
+    assert found["bytes"]["up"] == sum(device["up"] for device in found["bytes"]["per_device"].values()) > 0
+    assert set(found["memory"]["device_peak_bytes"]) == set(DEVICES)
+    assert found["memory"]["server_peak_bytes"] > 0
+    for step in found["phases"]:
+        assert {"name", "item", "seconds", "cpu_seconds", "cached", "tokens", "flops"} <= set(step)
+    assert {step["name"] for step in found["phases"]} == set(pipeline.STEPS) - {"take", "consult", "report"}
+
+
+def test_every_system_costs_what_it_may(done: tuple[Path, Report, Seen]) -> None:
+    """References train for as much as the run does, to a batch of each of its stages."""
+    parts: dict[str, float] = {}
+    for part in results(done[0])["compute"]:
+        if part["part"] != "write":
+            parts[part["system"]] = parts.get(part["system"], 0) + part["token_parameters"]
+    for name in ("pooled_text", "pooled_text_dense", "dense_kd"):
+        assert parts[name] == pytest.approx(parts["deepfusion"], rel=0.25)
+
+
+def test_the_result_is_an_ordinary_checkpoint(done: tuple[Path, Report, Seen]) -> None:
+    out, report, _ = done
+    model = AutoModelForCausalLM.from_pretrained(out / "moe", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(out / "moe", local_files_only=True)
+    assert type(model).__module__.startswith("transformers.models.mixtral")
+    ids = tokenizer("The", return_tensors="pt")
+    written = model.generate(**ids, max_new_tokens=4, do_sample=False)
+    assert written.shape[1] > ids["input_ids"].shape[1]
+    assert not [path for path in (out / "moe").iterdir() if path.name in ("record.json", MANIFEST)]
+    assert (out / "moe" / "README.md").read_text() == (report.folder / "README.md").read_text()
+    assert (out / "report.html").read_bytes() == report.page.read_bytes()
+    assert not list(out.glob(".*.partial"))
+
+
+def test_a_second_run_runs_nothing(done: tuple[Path, Report, Seen], again: Callable[..., tuple[Path, Seen]]) -> None:
+    out, seen = again()
+    assert seen.ran == []
+    assert sorted(seen.found) == sorted(done[2].ran)
+    for name in ("results.json", "report.html", "moe/" + WEIGHTS):
+        assert (out / name).read_bytes() == (done[0] / name).read_bytes()
+    shutil.rmtree(out / "moe")
+    seen = Seen()
+    pipeline.run(recipe(), out, Runtime(workers=0, threads=2), seen)
+    assert seen.ran == []
+    assert (out / "moe" / WEIGHTS).read_bytes() == (done[0] / "moe" / WEIGHTS).read_bytes()
+
+
+def test_a_change_runs_what_depends_on_it(again: Callable[..., tuple[Path, Seen]]) -> None:
+    assert sorted(again("tune.ownership=0.5")[1].ran) == ["evaluate deepfusion", "report", "tune"]
+
+
+def test_a_harmed_step_is_run_again_and_nothing_else(again: Callable[..., tuple[Path, Seen]]) -> None:
+    """It comes out as it was, so what depends on it is still right."""
+    assert again(without="cluster-1")[1].ran == ["write cluster-1", "branch cluster-1"]
+
+
+def test_a_plan_tells_what_a_run_would_do(done: tuple[Path, Report, Seen], tmp_path: Path) -> None:
+    assert {(step.phase, step.state) for step in pipeline.plan(recipe(), tmp_path / "none")} == {
+        ("data", "run"),
+        ("…", "wait"),
+    } | {("make", "wait")}
+    assert not (tmp_path / "none").exists()
+    assert {step.state for step in pipeline.plan(recipe(), done[0])} == {"done"}
+    changed = pipeline.plan(recipe("tune.ownership=0.5"), done[0])
+    assert {step.phase for step in changed if step.state == "run"} == {"tune"}
+    assert {(s.phase, s.item) for s in changed if s.state == "wait"} >= {("evaluate", "deepfusion")}
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(ValueError, match="run is in use by another run"):
+        pipeline.run(recipe(), tmp_path / "run", HERE)
+
+
+# ── devices that fail ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def left_out(out: Path, seen: Seen) -> str:
+    """Why device-02 was left out; everything else went on without it."""
+    found = results(out)
+    assert {row["system"] for row in found["rows"]} == SYSTEMS
+    assert {row["item"] for row in found["rows"] if row["system"] == "device"} == set(DEVICES) - {"device-02"}
+    [rejected] = found["rejected"]
+    assert rejected["device"] == "device-02"
+    assert str(out) not in json.dumps(found)
+    assert "device-02" in (out / "report.html").read_text()
+    return rejected["reason"]
+
+
+def test_a_device_that_breaks_is_left_out_by_name(
+    again: Callable[..., tuple[Path, Seen]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(**_: Any) -> Upload:
+        raise RuntimeError("battery empty")
+
+    monkeypatch.setattr(device, "train_device", broken)
+    out, seen = again(without="device-02")
+    assert left_out(out, seen) == "device device-02 never arrived: device device-02: RuntimeError: battery empty"
+    assert any(text.startswith("device-02 is left out") for text in seen.said)
+    assert len(list(out.glob("steps/device/device-02-*.partial"))) == 1  # to go on from
+
+
+def test_an_upload_with_nan_is_rejected_by_name(
+    again: Callable[..., tuple[Path, Seen]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = device.train_device
+
+    def poisoned(*, runtime: Runtime, **options: Any) -> Upload:
+        upload = train(runtime=runtime, **options)
+        held = {name: tensor.clone() for name, tensor in tensors(upload.model)}
+        name = next(name for name in held if "weight" in name)
+        held[name].view(-1)[3] = torch.nan
+        write(upload.model, held.items())
+        return upload
+
+    monkeypatch.setattr(device, "train_device", poisoned)
+    out, seen = again(without="device-02")
+    reason = left_out(out, seen)
+    assert reason.startswith("device device-02: its model: tensor ")
+    assert reason.endswith("holds NaN or infinity")
+
+
+def test_no_device_at_all_is_an_error(again: Callable[..., tuple[Path, Seen]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(**_: Any) -> Upload:
+        raise RuntimeError("battery empty")
+
+    monkeypatch.setattr(device, "train_device", broken)
+    with pytest.raises(ValueError, match="not one upload was accepted: device device-00 never arrived"):
+        again(without="device")
+
+
+# ── other recipes ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+PAPER = (
+    "cluster.mode=by_type", "transfer.kinds=[public]", "distill.teachers=proxies", "distill.objective.kind=vaa",
+    "distill.objective.stages=1", "distill.objective.patches=2", "distill.objective.width=8",
+    "distill.objective.heads=2", "distill.shares={joint: 0, branch: 0.8, tune: 0.2}", "tune.text=public",
+)  # fmt: skip
+
+
+def test_the_published_method_runs(again: Callable[..., tuple[Path, Seen]]) -> None:
+    out, seen = again(*PAPER)
+    found = results(out)
+    assert {name for name in seen.ran if name.startswith("consult")} == {"consult proxy-0", "consult proxy-1"}
+    assert not {name for name in seen.ran + seen.found if name.startswith(("write", "joint"))}
+    assert found["transfer"]["private_text_risk"] is False
+    assert [len(proxy["members"]) for proxy in found["clusters"]["proxies"]] == [2, 2]
+    assert len({proxy["model_type"] for proxy in found["clusters"]["proxies"]}) == 2
+
+
+def test_types_of_several_ancestors_are_not_averaged(again: Callable[..., tuple[Path, Seen]]) -> None:
+    """Type-pure clusters, but too few for two ancestors of one type."""
+    gpt2 = recipe().models.ancestors["gpt2"].model_dump_json()
+    with pytest.raises(
+        ValueError, match=r"cluster\.k is 1 but the devices have 2 lineages \(gpt2-h16.*, gpt2-h16.*\): .*by_domain"
+    ):
+        again("cluster.mode=by_type", "cluster.k=1", "assemble.top_k=1", f"models.ancestors.neox={gpt2}")
+
+
+@pytest.mark.parametrize("shares", ["{joint: 1, branch: 0, tune: 0}", "{joint: 0, branch: 1, tune: 0}"])
+def test_stages_can_be_left_out(shares: str, again: Callable[..., tuple[Path, Seen]]) -> None:
+    out, seen = again(f"distill.shares={shares}", "evaluate.references=[dense_kd, dense_kd]")
+    assert "tune" not in seen.ran + seen.found
+    merged = next(path for path in out.glob("steps/assemble/*") if (out / "moe" / WEIGHTS).samefile(path / WEIGHTS))
+    assert merged.name.startswith("assemble-")
+    rows = {(row["system"], row["metric"], row["subset"], row["domain"]): row["value"] for row in results(out)["rows"]}
+    for (system, *what), value in rows.items():
+        assert system != "merged" or rows["deepfusion", *what] == value
+
+
+def test_a_changed_encoder_embeds_anew(
+    again: Callable[..., tuple[Path, Seen]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an encoder's folder holds is part of the key, and not its name alone."""
+
+    def broken(**_: Any) -> Upload:
+        raise RuntimeError("begun")  # which leaves the folder
+
+    encoder = tmp_path / "encoder"
+    with pytest.raises(ValueError, match=f"model folder {encoder} does not exist"):
+        again(f"device.encoder={encoder}")
+    encoder.mkdir()
+    monkeypatch.setattr(device, "train_device", broken)
+    for number, content in enumerate(("one", "two", "one"), 1):
+        (encoder / "config.json").write_text(content)
+        with pytest.raises(ValueError, match="not one upload was accepted"):
+            again(f"device.encoder={encoder}")
+        assert len(list(tmp_path.glob("run/steps/device/*.partial"))) == 4 * min(number, 2)
+
+
+def test_proxies_write_for_large_clusters(again: Callable[..., tuple[Path, Seen]]) -> None:
+    out, _ = again("transfer.max_writers=1", "evaluate.references=[]")
+    assert all(name.startswith("cluster-") for name in results(out)["transfer"]["by_writer"])
+
+
+def test_models_from_elsewhere_are_taken(
+    again: Callable[..., tuple[Path, Seen]], done: tuple[Path, Report, Seen]
+) -> None:
+    base = next(done[0].glob("steps/make/base-*"))
+    out, seen = again(f"models.base={{path: {base}}}", "evaluate.references=[]")
+    assert "take base" in seen.ran
+    assert {name for name in seen.ran if name.startswith(("device", "upload", "cluster", "write"))} == set()
+    assert results(out)["rejected"] == []

@@ -1,0 +1,249 @@
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deepfusion.checkpoints import open_model
+from deepfusion.config import LogitsObjective, Runtime, Training, VAAObjective
+from deepfusion.data.batches import Lesson, Schedule, collate
+from deepfusion.families import family
+from deepfusion.objectives import Objective, build_objective
+from deepfusion.progress import PROGRESS
+from deepfusion.training import COMPLETE, SCRATCH, Fit, Learner, fit
+from pico import pico
+
+ALWAYS, NEVER = Runtime(checkpoint_seconds=1e-9), Runtime(checkpoint_seconds=1e9)
+TRAINING = Training(learning_rate=1e-2, context=16, rows=2, warmup=0.1)
+STEPS = 110  # so that a line of the loss curve is the mean of two steps
+
+
+class Interrupted(Exception):  # noqa: N818  (as from outside)
+    pass
+
+
+class Interrupting(Objective):
+    """An objective that the power fails at some forward pass, counted from 1."""
+
+    def __init__(self, inner: Objective, at: int | None) -> None:
+        super().__init__()
+        self.inner, self.left = inner, at
+        self.needs_hidden_states = inner.needs_hidden_states
+
+    def forward(
+        self, batch: Mapping[str, Tensor], logits: Tensor, hidden_states: tuple[Tensor, ...] | None = None
+    ) -> dict[str, Tensor]:
+        if self.left is not None and self.training:
+            self.left -= 1
+            if not self.left:
+                raise Interrupted
+        return self.inner(batch, logits, hidden_states)
+
+
+def text(count: int = 12, seed: int = 0) -> list[Lesson]:
+    """Sentences over a few words, each of which always follows the same one."""
+    made = np.random.default_rng(seed)
+    result: list[Lesson] = []
+    for _ in range(count):
+        ids = [0, *((int(made.integers(0, 8)) + np.arange(int(made.integers(4, 9)))) % 8 + 40).tolist(), 0]
+        result.append(Lesson(np.array(ids, np.int64), np.array([0.0] + [1.0] * (len(ids) - 1), np.float32)))
+    return result
+
+
+def trained(
+    folder: Path,
+    model_type: str = "llama",
+    *,
+    at: int | None = None,
+    runtime: Runtime = NEVER,
+    steps: int = STEPS,
+    objective: LogitsObjective | None = None,
+    **options: Any,
+) -> tuple[PreTrainedModel, Fit]:
+    """A fresh model, trained for some steps in `folder`."""
+    source = folder.parent / model_type
+    if not source.exists():
+        pico(model_type, source, hidden=16, layers=1, heads=2)
+        config = json.loads((source / "config.json").read_text())
+        if "resid_pdrop" in config:  # as GPT-2 has it: a resumed training must throw the same dice
+            (source / "config.json").write_text(json.dumps(config | {"resid_pdrop": 0.1}))
+    model = open_model(source)
+    packs = family(model_type).packs
+    lessons = text()
+    schedule = Schedule(lessons, 1, TRAINING, packs=packs, seed=1)
+    per_step = schedule.tokens
+    schedule = Schedule(lessons, per_step * steps, TRAINING, packs=packs, seed=1)
+    balance = options.pop("balance", 0.0)
+    inner = build_objective(objective or LogitsObjective(beta=0), 16, 1, {"x": 8})
+    learner = Learner(model, Interrupting(inner, at), balance=balance)
+    folder.mkdir(exist_ok=True)
+    return model, fit(learner, schedule, TRAINING, seed=3, into=folder, runtime=runtime, **options)
+
+
+def weights(model: PreTrainedModel) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
+
+
+# ── learning ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("model_type", ["llama", "bloom", "mixtral"])
+def test_the_loss_goes_down(model_type: str, tmp_path: Path) -> None:
+    model, done = trained(tmp_path / "run", model_type, steps=40, balance=0.01 if model_type == "mixtral" else 0.0)
+    assert done.losses[0][1] > 4
+    assert done.losses[-1][1] < done.losses[0][1] / 2
+    assert [step for step, _ in done.losses] == list(range(1, done.steps + 1))
+    assert not model.training
+    progress = json.loads((tmp_path / "run" / PROGRESS).read_text())
+    assert progress["unit"] == "tokens"
+    assert progress["total"] == pytest.approx(done.tokens)
+
+
+def test_frozen_weights_do_not_change_by_a_bit(tmp_path: Path) -> None:
+    model = open_model(pico("mixtral", tmp_path / "mixtral", hidden=16))
+    kind = family("mixtral")
+    before = weights(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(kind.role(name) != "ffn")
+    learner = Learner(model, build_objective(LogitsObjective(beta=0), 16, 2, {}), balance=0.01)
+    training = TRAINING.model_copy(update={"weight_decay": 0.1})
+    schedule = Schedule(text(), 300, training, packs=True, seed=0)
+    fit(learner, schedule, training, seed=0, into=tmp_path, runtime=NEVER)
+    after = weights(model)
+    assert {kind.role(name) for name in before if before[name] == after[name]} == {"ffn"}
+    assert {kind.role(name) for name in before if before[name] != after[name]} >= {"router", "attention", "embedding"}
+
+
+def test_what_helps_to_train_is_not_in_the_student(tmp_path: Path) -> None:
+    objective = VAAObjective(stages=1, patches=2, width=8, heads=2)
+    model, _ = trained(tmp_path / "run", steps=2, objective=objective)
+    assert set(model.state_dict()) == set(open_model(tmp_path / "llama").state_dict())
+    learner = Learner(model, build_objective(objective, 16, 1, {"x": 8}))
+    assert set(learner.state_dict()) > {f"student.{name}" for name in dict(model.named_parameters())}
+
+
+def test_the_objectives_own_parameters_learn(tmp_path: Path) -> None:
+    """Else features would be matched to a projection that stays random."""
+    objective = build_objective(VAAObjective(stages=1, patches=2, width=8, heads=2), 32, 2, {"x": 8})
+    before = [parameter.detach().clone() for parameter in objective.parameters()]
+    pool = np.array([(1, 0), (2, 1)])
+    features = np.random.default_rng(0).normal(size=(1, 2, 8)).astype(np.float16)
+    lessons = [
+        Lesson(one.ids, one.weights, pool=pool, features=features * (1 + n), lineage="x")
+        for n, one in enumerate(text())
+    ]
+    schedule = Schedule(lessons, 200, TRAINING, packs=True, seed=0)
+    learner = Learner(open_model(pico("llama", tmp_path / "llama")), objective)
+    fit(learner, schedule, TRAINING, seed=0, into=tmp_path, runtime=NEVER)
+    after = list(objective.parameters())
+    assert all(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_ownership_sends_documents_to_their_expert(tmp_path: Path) -> None:
+    model = open_model(pico("mixtral", tmp_path))
+    lessons = [Lesson(one.ids, one.weights, cluster=n % 4 if n < 8 else -1) for n, one in enumerate(text())]
+    batch = collate([Schedule(lessons, 1, Training(rows=8, context=32), packs=True, seed=0)[0]])
+    objective = build_objective(LogitsObjective(beta=0), 0, 0, {})
+    with torch.inference_mode():
+        plain = float(Learner(model, objective)(**batch)["loss"])
+        owned = float(Learner(model, objective, ownership=1.0)(**batch)["loss"])
+        assert owned - plain == pytest.approx(np.log(4), rel=0.05)  # the router knows nothing yet
+        batch["cluster"].fill_(-1)
+        assert float(Learner(model, objective, ownership=1.0)(**batch)["loss"]) == pytest.approx(plain)
+
+
+# ── going on ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "mixtral"])
+def test_a_resumed_training_gives_the_same_bits(model_type: str, tmp_path: Path) -> None:
+    """Twice interrupted, at steps that no line of the loss curve ends at."""
+    balance = 0.01 if model_type == "mixtral" else 0.0
+    model, done = trained(tmp_path / "undisturbed", model_type, balance=balance)
+    folder = tmp_path / "disturbed"
+    for at in (36, 42):  # the second time counted from where it went on, after step 34
+        with pytest.raises(Interrupted):
+            trained(folder, model_type, at=at, runtime=ALWAYS, balance=balance)
+    assert [path.name for path in (folder / SCRATCH).iterdir()] == ["checkpoint-74"]
+    resumed, again = trained(folder, model_type, balance=balance)
+    assert weights(resumed) == weights(model)
+    assert again == done
+    if model_type == "mixtral":
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_half_a_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
+    model, done = trained(tmp_path / "undisturbed", steps=20)
+    folder = tmp_path / "disturbed"
+    with pytest.raises(Interrupted):
+        trained(folder, at=9, runtime=ALWAYS, steps=20)
+    whole = folder / SCRATCH / "checkpoint-8"
+    assert (whole / COMPLETE).exists()
+    half = folder / SCRATCH / "checkpoint-11"
+    half.mkdir()
+    (half / "trainer_state.json").write_text("{")
+    resumed, again = trained(folder, steps=20)
+    assert not half.exists()
+    assert (weights(resumed), again) == (weights(model), done)
+
+
+def test_only_half_a_checkpoint_is_none(tmp_path: Path) -> None:
+    model, done = trained(tmp_path / "undisturbed", steps=10)
+    (tmp_path / "disturbed" / SCRATCH / "checkpoint-5").mkdir(parents=True)
+    resumed, again = trained(tmp_path / "disturbed", steps=10)
+    assert (weights(resumed), again) == (weights(model), done)
+
+
+# ── until held-out text no longer improves ────────────────────────────────────────────────────────────────────────────
+
+
+def stopping(folder: Path, **options: Any) -> tuple[PreTrainedModel, Fit]:
+    """Held-out text with other successions of words: learning the training text soon makes it worse."""
+    other = [Lesson(one.ids[::-1].copy(), one.weights) for one in text(seed=1)]
+    heldout = Schedule(other, 1, TRAINING, packs=True, seed=0)
+    return trained(folder, steps=60, heldout=heldout, patience=2, evaluations=30, **options)
+
+
+def test_training_stops_and_keeps_the_best_weights(tmp_path: Path) -> None:
+    model, done = stopping(tmp_path / "stopped")
+    assert 6 <= done.steps < 60
+    state = json.loads(next((tmp_path / "stopped" / SCRATCH).glob("*/trainer_state.json")).read_text())
+    assert state["best_global_step"] == done.steps - 2 * 2  # two evaluations, two steps apart
+    losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+    learner = Learner(model, build_objective(LogitsObjective(beta=0), 0, 0, {}))
+    other = [Lesson(one.ids[::-1].copy(), one.weights) for one in text(seed=1)]
+    batch = collate([Schedule(other, 1, TRAINING, packs=True, seed=0)[0]])
+    with torch.inference_mode():
+        assert float(learner(**batch)["loss"]) == pytest.approx(min(losses), rel=1e-4)
+
+
+@pytest.mark.parametrize("after", [-3, -2, -1, 0])
+def test_a_resumed_training_stops_at_the_same_step(after: int, tmp_path: Path) -> None:
+    model, done = stopping(tmp_path / "undisturbed")
+    folder = tmp_path / "disturbed"
+    with pytest.raises(Interrupted):
+        stopping(folder, at=done.steps + after, runtime=ALWAYS)
+    resumed, again = stopping(folder)
+    assert (weights(resumed), again) == (weights(model), done)
+
+
+def test_a_training_that_was_cut_off_after_its_last_step_stops_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, done = stopping(tmp_path / "undisturbed")
+    folder = tmp_path / "disturbed"
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.Trainer._load_best_model", interrupt)
+        with pytest.raises(Interrupted):
+            stopping(folder, runtime=ALWAYS)
+    resumed, again = stopping(folder)
+    assert (weights(resumed), again) == (weights(model), done)
