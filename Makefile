@@ -46,8 +46,10 @@ docs: .venv/dev.stamp
 	$(BIN)/python -m deepfusion.reference > docs/recipes.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-bench: .venv/dev.stamp
-	$(QUIET_LIBRARIES) $(BIN)/python benchmarks/run.py
+bench: .venv/runtime.stamp
+	$(QUIET_LIBRARIES) $(BIN)/python benchmarks/seeds.py demo --report benchmarks/demo.md
+	$(QUIET_LIBRARIES) $(BIN)/python benchmarks/seeds.py capacity --report benchmarks/capacity.md
+	$(QUIET_LIBRARIES) $(BIN)/python benchmarks/seeds.py paper_mode --report benchmarks/paper_mode.md
 
 clean:
 	rm -rf .venv site build dist .pytest_cache .ruff_cache .hypothesis

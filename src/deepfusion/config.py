@@ -330,6 +330,8 @@ class DistillPhase(Section):
     branch_trains: Literal["all", "ffn"] = "all"
     """What a branch may change: ffn keeps everything that assembly averages (Eq. 13) as it was."""
     training: Training = Training()
+    branch_rate: float = Field(default=0.25, gt=0)
+    """Branches train at this share of the learning rate: what the joint student knows is not to be unlearned."""
 
     @field_validator("objective", mode="before")
     @classmethod

@@ -7,6 +7,7 @@ run's store first; so the order below is the order of the method, not of the clo
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -307,6 +308,9 @@ class _Method:
     def write_report(self, **found: Any) -> Report:
         """Wait for everything and write it down."""
         done: dict[str, Any] = {name: _await(value) for name, value in found.items()}
+        warned = [w for part in (done["clusters"], *done["proxies"]) for w in part.warnings]
+        for notice in (*done["transfer"].notices, *warned):
+            self.engine.watch.message(notice)
         phases = [
             {
                 "name": d.step.phase,
@@ -369,7 +373,17 @@ def _inputs(recipe: Recipe) -> dict[str, str]:
     for path in files:
         if not path.is_file():
             raise ValueError(f"data file {path} does not exist")
-    return {str(path): file_digest(path) for path in files}
+    named = [name for text in source.sources for name in _leaves(text.arguments.get("data_files"))]
+    local = [path for path in map(Path, named) if path.is_file()]  # patterns and addresses are `datasets`' own business
+    return {str(path): file_digest(path) for path in files + local}
+
+
+def _leaves(tree: Any) -> list[str]:
+    """Every string in a tree of mappings and lists."""
+    if isinstance(tree, str):
+        return [tree]
+    parts = cast("Iterable[Any]", tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else [])
+    return [leaf for part in parts for leaf in _leaves(part)]
 
 
 def _folder_inputs(path: str) -> dict[str, str]:

@@ -25,10 +25,10 @@ class Logits(Objective):
         chunk `[B, T]`, chunk_logprobs, chunk_weight `[C]`: the chunk of each label (-1 none) and the teacher's
             log-likelihood of each chunk, where the tokenizers differ (weight 0: chunk left out).
 
-    Either group of teacher fields may be missing. With `label_teaches` every label without a top-k distribution stands in
-    for one (the KL to a one-hot teacher is the label's cross-entropy), so that β weighs all text alike. KL and span
-    likelihood are mixed by token: both are summed and divided by the number of all tokens that are taught (each counted
-    by its weight, a chunk's tokens by the chunk's). With β = 0 there is only CE, and `kl` is given as 0.
+    Either group of teacher fields may be missing. With `label_teaches` every label without a top-k distribution stands
+    in for one (the KL to a one-hot teacher is the label's cross-entropy), so that β weighs all text alike. KL and span
+    likelihood are mixed by token: both are summed and divided by the number of all tokens that are taught (each
+    counted by its weight, a chunk's tokens by the chunk's). With β = 0 there is only CE, and `kl` is given as 0.
     """
 
     def __init__(self, config: LogitsObjective) -> None:

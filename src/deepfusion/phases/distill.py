@@ -51,11 +51,14 @@ def distill(
         budget: token-parameters, forward and backward.
         cluster: the branch's cluster; none: joint. A branch about which there is no text stays as it is.
     """
+    training = config.training
+    if cluster is not None:
+        training = training.model_copy(update={"learning_rate": training.learning_rate * config.branch_rate})
     text = transfer_lessons(
         student,
         transfer,
         teachings,
-        config.training,
+        training,
         cluster=cluster,
         ask=config.teachers,
         objective=config.objective,
@@ -67,7 +70,7 @@ def distill(
         student,
         text,
         config.objective,
-        config.training,
+        training,
         tokens=tokens_within(budget, student),
         trains=FFN if cluster is not None and config.branch_trains == "ffn" else None,
         teacher_widths=widths(teachings),
