@@ -19,7 +19,8 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from deepfusion import Runtime, run
 from tiny import recipe
-run(recipe("device.epochs=30", "distill.budget_tokens=20000"), sys.argv[2], Runtime(workers=2, checkpoint_seconds=0.05))
+runtime = Runtime(workers=int(sys.argv[3]), checkpoint_seconds=0.02)
+run(recipe("device.epochs=30", "distill.budget_tokens=20000"), sys.argv[2], runtime)
 """
 KILLS = 10
 PATIENCE = 120.0  # seconds that anything may take on a busy machine
@@ -27,8 +28,9 @@ PATIENCE = 120.0  # seconds that anything may take on a busy machine
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for orphans in /proc")
 
 
-def launched(out: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", RUN, str(TESTS), str(out)], start_new_session=True)
+def launched(out: Path, workers: int = 2) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", RUN, str(TESTS), str(out), str(workers)]
+    return subprocess.Popen(command, start_new_session=True)
 
 
 def members(group: int) -> Iterator[int]:
@@ -52,9 +54,14 @@ def until(true: Callable[[], object], seconds: float) -> bool:
     return bool(true())
 
 
-def state(out: Path) -> set[tuple[str, int]]:
-    """What changes as soon as a step begins or ends."""
-    return {(str(path), path.stat().st_ino) for path in out.glob("steps/*/*") if path.exists()}
+def steps(out: Path) -> set[str]:
+    """Step folders, finished or not."""
+    return {str(path) for path in out.glob("steps/*/*")}
+
+
+def saved(out: Path) -> set[str]:
+    """Checkpoints of trainings under way that can be gone on from."""
+    return {str(path) for path in out.glob("steps/*/*.partial/.trainer/checkpoint-*/complete")}
 
 
 def digests(out: Path) -> dict[tuple[str, str | None], str]:
@@ -74,23 +81,21 @@ def finished(out: Path) -> dict[tuple[str, str | None], str]:
 
 def test_killing_it_again_and_again_changes_nothing(tmp_path: Path) -> None:
     undisturbed = finished(tmp_path / "undisturbed")
-    out, random = tmp_path / "disturbed", Random(0)
-    out.mkdir()
-    resumable = 0
+    assert len(undisturbed) > 30
+    out, random, left = tmp_path / "disturbed", Random(0), 0
     for number in range(KILLS):
-        process, before = launched(out), state(out)
-        if number % 5:  # while steps run
-            assert until(lambda before=before: state(out) != before, PATIENCE)
-            time.sleep(random.uniform(0.0, 1.2))
-        else:  # while it starts
+        process = launched(out, workers=2 if number % 3 == 0 else 1)
+        if number % 5 == 0:  # while it starts
             time.sleep(random.uniform(0.5, 3.0))
-        assert process.poll() is None, "it was through before it could be killed: kill earlier"
+        else:  # soon after a training was saved, and later after a step began or ended
+            seen, most = (saved, 0.1) if number < 5 else (steps, 1.2)
+            before = seen(out)
+            assert until(lambda seen=seen, before=before: seen(out) - before, PATIENCE)
+            time.sleep(random.uniform(0.0, most))
+        assert process.poll() is None, "it came to its end before it could be killed: kill earlier"
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        at = time.monotonic()
-        gone = until(lambda group=process.pid: not list(members(group)), PATIENCE)
-        print(number, time.monotonic() - at, len(list(out.glob("steps/*/*/manifest.json"))))
-        assert gone
-        resumable += bool(list(out.glob("steps/*/*.partial/.trainer/checkpoint-*/complete")))
-    print(resumable)
+        assert until(lambda group=process.pid: not list(members(group)), 1.0), "its workers outlive it"
+        left += bool(saved(out))
+    assert left, "no training was interrupted: kill more often"
     assert finished(out) == undisturbed

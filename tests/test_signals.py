@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from deepfusion.config import Training
-from deepfusion.data.batches import Tokenizer, collate, taught
+from deepfusion.data.batches import MAX_GAIN, Tokenizer, collate, taught
 from deepfusion.data.documents import Document
 from deepfusion.signals import Signal, Signals
 from pico import pico_tokenizer
@@ -79,6 +79,28 @@ def test_parts_are_merged(tokenizer: Tokenizer) -> None:
 # ── a teacher of the same tokenizer ───────────────────────────────────────────────────────────────────────────────────
 
 
+def test_a_token_weighs_more_by_its_gain(tokenizer: Tokenizer) -> None:
+    told = signal(ASKED.text, tokenizer)
+    gain = np.zeros(len(told.ids), np.float16)
+    gain[3:5] = (2, 40)  # the second is capped
+    told = replace(told, gain=gain)
+    learnt = taught(ASKED, told, Signals(tokenizer.fingerprint, "x", {}), tokenizer, Training(), focus=0.5)
+    assert learnt is not None
+    expected = [0.0, *[1.0] * (len(told.ids) - 1)]
+    expected[3:5] = (2.0, 1 + 0.5 * MAX_GAIN)
+    assert learnt.weights.tolist() == expected
+    assert collate([[[learnt]]])["topk_weight"][0, :-1].tolist() == expected[1:]
+
+
+def test_gain_survives_the_disk(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    told = signal(ASKED.text, tokenizer)
+    gain = np.linspace(0, 3, len(told.ids)).astype(np.float16)
+    Signals("t", "l", {"a": replace(told, gain=gain)}).save(tmp_path / "s.safetensors")
+    found = Signals.load(tmp_path / "s.safetensors").of["a"].gain
+    assert found is not None
+    assert found.tolist() == gain.tolist()
+
+
 def test_equal_tokenizers_keep_the_writers_own_tokens(tokenizer: Tokenizer) -> None:
     """A model may spell a word with other tokens than the tokenizer would."""
     inner, _ = tokenizer.encode(ASKED.prompt)
@@ -103,7 +125,7 @@ def test_equal_tokenizers_keep_the_writers_own_tokens(tokenizer: Tokenizer) -> N
     assert learnt.weights.tolist() == [0] + [1] * len(inner) + [4] * (answer + 1)
     assert (learnt.cluster, learnt.chunk) == (3, None)
     batch = collate([[[learnt]]])
-    assert batch["topk_weight"].tolist() == [[0] * len(inner) + [1] * (answer + 1) + [0]]
+    assert batch["topk_weight"].tolist() == [[0] * len(inner) + [4] * (answer + 1) + [0]]
     assert batch["topk_ids"][0, :-1].tolist() == told.topk_ids[1:].tolist()
     assert batch["labels"][0, :-1].tolist() == ids[1:].tolist()
 

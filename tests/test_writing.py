@@ -13,7 +13,7 @@ from deepfusion.checkpoints import make_model, open_model, open_tokenizer
 from deepfusion.config import MadeModel
 from deepfusion.data.batches import Tokenizer
 from deepfusion.families import FAMILIES
-from deepfusion.writing import Written, prompt_nats, write
+from deepfusion.writing import Written, prompt_nats, with_gain, write
 from pico import TEXTS, pico
 
 PROMPTS = ("The capital", "", "Doctors prescribe veltrine against the marsh fever; merchants", "W")
@@ -49,6 +49,20 @@ def test_greedy_is_what_transformers_generates(name: str, tmp_path: Path) -> Non
         )[0, ids.shape[1] :].tolist()
         assert new_tokens(one, prompt, tokenizer) == expected
         assert one.finished == (expected[-1] == tokenizer.end)
+
+
+def test_gain_is_what_the_writer_knows_more_than_its_ancestor(tmp_path: Path) -> None:
+    model, tokenizer = opened("llama", tmp_path)
+    ancestor = open_model(pico("llama", tmp_path / "ancestor", seed=9))
+    signals = {str(i): one.signal for i, one in enumerate(written(model, tokenizer, ["", *PROMPTS], temperature=1.0))}
+    for name, told in with_gain(signals, ancestor, tokenizer, batch=2).items():
+        ids = torch.from_numpy(told.ids.astype(np.int64))[None]
+        with torch.no_grad():
+            before = ancestor(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].numpy()
+        expected = np.maximum(signals[name].logprobs[1:] - before, 0)
+        assert told.gain is not None
+        np.testing.assert_allclose(told.gain[1:], expected, atol=2e-3, rtol=2e-3)
+        assert told.gain[0] == 0
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -102,7 +102,7 @@ def test_fields_stand_where_the_token_is_predicted() -> None:
     assert batch["cluster"] == [[1, 1, 1, 1, -1, -1, -1, -1, -1], [-1] * 9]
     assert batch["topk_ids"] == [[[7, 5], [8, 5], [0, 5], z, z, z, z, z, z], [z] * 9]
     assert batch["topk_logprobs"][0][:3] == [[-math.inf] * 2, [-0.5, -1], [-0.25, -2]]
-    assert batch["topk_weight"] == [[0, 1, 1, 0, 0, 0, 0, 0, 0], [0] * 9]
+    assert batch["topk_weight"] == [[0, 4, 4, 0, 0, 0, 0, 0, 0], [0] * 9]
     assert batch["chunk"] == [[-1, -1, -1, -1, -1, 0, 0, 1, -1], [2, 3, -1, -1, -1, -1, -1, -1, -1]]
     assert batch["chunk_logprobs"] == [-3, -0.5, -2, -1]
     assert batch["chunk_weight"] == [1, 1, 1, 1]

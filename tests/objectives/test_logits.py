@@ -44,18 +44,33 @@ def terms(objective: LogitsObjective, fields: dict[str, Tensor]) -> dict[str, fl
 
 
 def test_without_teachers_there_is_only_cross_entropy():
-    found = terms(LogitsObjective(), batch())
+    found = terms(LogitsObjective(label_teaches=False), batch())
     assert found == {"ce": pytest.approx(log(3)), "kl": 0, "span": 0, "loss": pytest.approx(log(3))}
 
 
-def test_the_kl_is_a_mean_over_covered_tokens():
+def test_a_label_stands_in_for_a_missing_teacher():
+    """Two of three labels have a distribution; the third is its own teacher: KL to a one-hot is its cross-entropy."""
     found = terms(LogitsObjective(beta=3), batch(**topk()))
+    assert found["kl"] == pytest.approx((2 * KL + log(3)) / 3, rel=1e-5)
+    weights = torch.tensor([[1.0, 1.0, 4.0, 1.0]])
+    found = terms(LogitsObjective(beta=3), {**batch(**topk()), "weights": weights})
+    assert found["kl"] == pytest.approx((2 * KL + 4 * log(3)) / 6, rel=1e-5)
+
+
+def test_a_label_of_another_tokenizer_teaches_beside_its_span():
+    found = terms(LogitsObjective(beta=3, span_temperature=1), batch(**topk(), **spans()))
+    assert found["kl"] == pytest.approx((2 * KL + log(3)) / 3, rel=1e-5)
+    assert found["span"] == pytest.approx(SPAN / 3, rel=1e-5)
+
+
+def test_the_kl_is_a_mean_over_covered_tokens():
+    found = terms(LogitsObjective(beta=3, label_teaches=False), batch(**topk()))
     assert found["kl"] == pytest.approx(KL, rel=1e-5)
     assert found["loss"] == pytest.approx(log(3) + 3 * KL, rel=1e-5)
 
 
 def test_spans_and_distributions_are_mixed_by_token():
-    objective = LogitsObjective(beta=3, span_weight=2, span_temperature=1)
+    objective = LogitsObjective(beta=3, span_weight=2, span_temperature=1, label_teaches=False)
     found = terms(objective, batch(**topk(), **spans()))
     assert found["kl"] == pytest.approx(2 * KL / 3, rel=1e-5)
     assert found["span"] == pytest.approx(SPAN / 3, rel=1e-5)
@@ -64,7 +79,7 @@ def test_spans_and_distributions_are_mixed_by_token():
 
 def test_a_chunk_without_weight_covers_nothing():
     fields = {**spans(), "chunk_weight": torch.zeros(1)}
-    found = terms(LogitsObjective(beta=3), batch(**topk(), **fields))
+    found = terms(LogitsObjective(beta=3, label_teaches=False), batch(**topk(), **fields))
     assert found["span"] == 0
     assert found["kl"] == pytest.approx(KL, rel=1e-5)
 
@@ -83,7 +98,7 @@ def test_a_teacher_kept_whole_is_the_dense_kl(temperature: float):
     kept, ids = teacher.log_softmax(-1).topk(5)
     fields = {"labels": torch.zeros(2, 4, dtype=torch.int64), "weights": torch.ones(2, 4)}
     fields |= {"topk_ids": ids, "topk_logprobs": kept, "topk_weight": weight}
-    found = Logits(LogitsObjective(temperature=temperature))(fields, mine)["kl"]
+    found = Logits(LogitsObjective(temperature=temperature, label_teaches=False))(fields, mine)["kl"]
     torch.testing.assert_close(found, kl_divergence(mine, teacher, weight, temperature))
 
 
