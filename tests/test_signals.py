@@ -24,7 +24,9 @@ def other() -> Tokenizer:
     return Tokenizer(pico_tokenizer(300))
 
 
-def signal(text: str, tokenizer: Tokenizer, seed: int = 0, k: int = 3, features: bool = False) -> Signal:
+def signal(
+    text: str, tokenizer: Tokenizer, seed: int = 0, k: int = 3, features: bool = False, gain: bool = False
+) -> Signal:
     """A made-up teacher's word on every token of a text."""
     inner, ends = tokenizer.encode(text)
     n, made = len(inner) + 2, np.random.default_rng(seed)
@@ -36,6 +38,7 @@ def signal(text: str, tokenizer: Tokenizer, seed: int = 0, k: int = 3, features:
         logprobs=logprobs,
         topk_ids=made.integers(0, 300, (n, k)).astype(np.int32),
         topk_logprobs=-made.random((n, k)).astype(np.float16),
+        gain=made.random(n).astype(np.float16) if gain else None,
         features=made.random((2, 4, 8)).astype(np.float16) if features else None,
     )
 
@@ -50,9 +53,9 @@ def silent(told: Signal, rows: int) -> Signal:
 # ── on disk ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("features", [False, True])
-def test_what_is_saved_is_read_again(features: bool, tmp_path: Path, tokenizer: Tokenizer) -> None:
-    of = {name: signal(name * 5, tokenizer, seed, features=features) for seed, name in enumerate(("b", "a", ""))}
+@pytest.mark.parametrize("more", [{}, {"features": True}, {"gain": True}, {"gain": True, "features": True}], ids=str)
+def test_what_is_saved_is_read_again(more: dict[str, bool], tmp_path: Path, tokenizer: Tokenizer) -> None:
+    of = {name: signal(name * 5, tokenizer, seed, **more) for seed, name in enumerate(("b", "a", ""))}
     of["b"] = silent(of["b"], 2)
     first, second = tmp_path / "new" / "one.safetensors", tmp_path / "two.safetensors"
     Signals("tok", "gpt2-x", of).save(first)
@@ -188,3 +191,44 @@ def test_features_go_to_the_students_own_tokens(same: bool, tokenizer: Tokenizer
     unasked = taught(ASKED, told, voice, tokenizer, Training())
     assert unasked is not None
     assert unasked.features is None
+
+
+# ── what a writer has learned in private ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_focus_weighs_a_token_by_its_gain(tokenizer: Tokenizer) -> None:
+    told = signal("Who? Ann", tokenizer)
+    n, given = len(told.ids), 1 + len(tokenizer.encode("Who? ")[0])
+    gain = np.zeros(n, np.float16)
+    gain[given], gain[-1] = 2.0, 100.0  # the end token's is too much to be taken at its word
+    told = silent(replace(told, gain=gain), given)
+    asked, voice = Document(id="a", domain="x", prompt="Who? ", answer="Ann"), Signals(tokenizer.fingerprint, "x", {})
+    learnt = taught(asked, told, voice, tokenizer, Training(answer_weight=2), focus=0.5)
+    assert learnt is not None
+    rest = n - given - 2
+    assert learnt.weights.tolist() == [0] + [1] * (given - 1) + [2 * (1 + 0.5 * 2)] + [2] * rest + [2 * (1 + 0.5 * 5)]
+    batch = collate([[[learnt]]])
+    assert batch["weights"][0, :-1].tolist() == learnt.weights[1:].tolist()
+    assert batch["topk_weight"][0].tolist() == [0] * (given - 1) + batch["weights"][0, given - 1 :].tolist()
+    plain = taught(asked, told, voice, tokenizer, Training(answer_weight=2))
+    assert plain is not None
+    assert plain.weights.tolist() == [0] + [1] * (given - 1) + [2] * (n - given)
+
+
+def test_gain_goes_to_the_tokens_that_end_in_the_same_place(tokenizer: Tokenizer, other: Tokenizer) -> None:
+    """The teacher's tokens are "Wh", "o?" and the end; the student's are bytes."""
+    told = replace(
+        signal("Who?", other),
+        ids=np.array([0, 1, 2, 0], np.int32),
+        ends=np.array([0, 2, 4, 4], np.int32),
+        logprobs=np.array([0, -1, -2, -3], np.float32),
+        gain=np.array([0, 1, 2, 3], np.float16),
+    )
+    document = Document(id="a", domain="x", answer="Who?")
+    learnt = taught(document, told, Signals(other.fingerprint, "x", {}), tokenizer, Training(), focus=1.0)
+    assert learnt is not None
+    _, ends = tokenizer.encode("Who?")
+    assert learnt.weights.tolist() == [0, *(2 if end <= 2 else 3 for end in ends), 4]
+    batch = collate([[[learnt]]])
+    assert batch["chunk_logprobs"].tolist() == [-1, -2, -3]
+    assert batch["chunk_weight"].tolist() == [2, 3, 4]  # of the heaviest token in it

@@ -20,7 +20,7 @@ PROMPTS = ("The capital", "", "Doctors prescribe veltrine against the marsh feve
 
 
 def opened(name: str, folder: Path, **overrides: int) -> tuple[PreTrainedModel, Tokenizer]:
-    pico(name, folder, **overrides)
+    pico(name, folder, overrides.pop("seed", 0), **overrides)
     model = open_model(folder)
     with torch.no_grad():  # so that greedy text is not the same token again and again
         for parameter in model.parameters():
@@ -188,6 +188,29 @@ def test_a_padded_vocabulary_spells_nothing_beyond_the_tokenizers(monkeypatch: p
     [one] = written(model, tokenizer, ["The"])
     assert one.text == "The fox"
     assert one.signal.ends[-1] == len(b"The fox")
+
+
+# ── how much was learned in private ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_gain_is_what_the_writer_finds_likelier_than_its_ancestor(tmp_path: Path) -> None:
+    model, tokenizer = opened("gpt2", tmp_path / "writer")
+    ancestor, _ = opened("gpt2", tmp_path / "ancestor", seed=1)
+    made = written(model, tokenizer, PROMPTS, temperature=1.0)
+    signals = {f"d{n}": one.signal for n, one in enumerate(made)}
+    found = with_gain(signals, ancestor, tokenizer, batch=3)
+    assert list(found) == list(signals)
+    for prompt, (name, signal) in zip(PROMPTS, found.items(), strict=True):
+        head = 1 + len(tokenizer.encode(prompt)[0])
+        ids = torch.from_numpy(signal.ids.astype(np.int64))
+        with torch.inference_mode():
+            before = torch.log_softmax(ancestor(ids[None]).logits[0], -1)[head - 1 : -1].gather(1, ids[head:, None])
+        assert signal.gain is not None
+        expected = np.maximum(signal.logprobs[head:] - before[:, 0].numpy(), 0)
+        np.testing.assert_allclose(signal.gain[head:], expected, atol=1e-2)
+        assert not signal.gain[:head].any()  # what was given to it was not its own
+        assert signal.ids is signals[name].ids
+    assert with_gain({}, ancestor, tokenizer) == {}
 
 
 # ── how much at home ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -118,6 +118,8 @@ class _Method:
 
         # Devices: each trains its own model on its own text, and uploads it with an embedding, once.
         encoder_files = None if encoder == "hashing" else _folder_inputs(encoder)
+        for model in self.given(base, ancestors):
+            model.result()  # a broken checkpoint is told before devices train for nothing
         starts_from = _assigned([device.id for device in corpus.result().devices], recipe)
         uploads = {
             device: self.go(
@@ -220,6 +222,12 @@ class _Method:
         if source.path is not None:
             return self.go(Checkpoint, "take", name, path=source.path, also_keyed_by=_folder_inputs(source.path))
         return self.go(Checkpoint, "make", name, made=source.make, corpus=corpus, seed=seed)
+
+    def given(self, base: Future[Checkpoint], ancestors: dict[str, Future[Checkpoint]]) -> list[Future[Checkpoint]]:
+        """The models that were not made here."""
+        models = self.recipe.models
+        named = [(models.base, base), *((models.ancestors[name], model) for name, model in ancestors.items())]
+        return [model for source, model in named if source.path is not None]
 
     def arrivals(self, uploads: dict[str, Future[Upload]]) -> tuple[dict[str, Upload], dict[str, str]]:
         """What devices sent, and why others did not: a broken device never takes the run down, a wrong recipe does."""
