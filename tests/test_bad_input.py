@@ -116,7 +116,7 @@ def test_a_missing_file_is_named(fail: Fail) -> None:
     [
         (b"", "empty.jsonl is empty"),
         (b"\n \n", "empty.jsonl is empty"),
-        (b'{"split": "other"}\n{"id": "\xff"}\n', "empty.jsonl, line 1 has no 'domain'"),
+        (b'{"split": "other"}\n', "empty.jsonl, line 1 has split 'other': it must be one of private, public, test"),
         (b'{"id": "\xff"}\n', "empty.jsonl, line 1 is not UTF-8 (byte 8)"),
         (b'{"id": "a", "domain": "law", "split": "test", "question": "?"}\n', "empty.jsonl, line 1 has no 'answer'"),
         (b"no json\n", "empty.jsonl, line 1 is not JSON"),

@@ -301,11 +301,11 @@ Objective = Annotated[LogitsObjective | VAAObjective, Field(discriminator="kind"
 class Shares(Section):
     """How the server's budget is split."""
 
-    joint: float = Field(default=0.85, ge=0, le=1)
+    joint: float = Field(default=0.92, ge=0, le=1)
     """One student learns from all documents."""
-    branch: float = Field(default=0.05, ge=0, le=1)
+    branch: float = Field(default=0.04, ge=0, le=1)
     """K copies go on, each on its own domain; this is the sum over the copies."""
-    tune: float = Field(default=0.1, ge=0, le=1)
+    tune: float = Field(default=0.04, ge=0, le=1)
     """The assembled MoE."""
 
     @model_validator(mode="after")

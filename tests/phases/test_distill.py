@@ -160,6 +160,16 @@ def test_a_branch_may_change_its_ffns_alone(world: World, tmp_path: Path) -> Non
         assert {kind.role(name) for name in before if before[name] != after[name]} - {"head"} == expected
 
 
+def test_branches_learn_gently(world: World, tmp_path: Path) -> None:
+    digests = [
+        learnt(world, tmp_path / f"{rate}-{cluster}", PLAIN.model_copy(update={"branch_rate": rate}), cluster).digest
+        for cluster in (None, 0)
+        for rate in (0.25, 1.0)
+    ]
+    assert digests[0] == digests[1]
+    assert digests[2] != digests[3]
+
+
 def test_a_branch_that_nobody_wrote_for_stays_as_it_is(world: World, tmp_path: Path) -> None:
     text = transfer(folder(tmp_path / "transfer"), public=False)
     student = learnt(world, tmp_path / "branch", cluster=0, text=text)
