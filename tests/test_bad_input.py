@@ -137,6 +137,15 @@ def test_a_domain_that_no_row_has_is_named(fail: Fail) -> None:
     assert left() == []
 
 
+def test_an_unknown_domain_is_named(fail: Fail) -> None:
+    rows()
+    tree = files({"path": "rows.jsonl"})
+    tree["data"]["source"]["domains"] = ["medicine"]
+    message = fail(tree=tree)
+    assert "data.source.domains names 'medicine', but the text of" in message
+    assert left() == []
+
+
 @pytest.mark.parametrize("split", ["private", "public"])
 def test_an_answer_longer_than_the_context_is_named(split: str, fail: Fail) -> None:
     long = ROWS[0] | {"id": f"{split}-long", "split": split, "answer": "Ann " * 99}

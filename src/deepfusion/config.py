@@ -86,6 +86,8 @@ class FileData(Section):
     kind: Literal["files"]
     sources: tuple[TextSource, ...] = Field(min_length=1)
     """Where the rows come from."""
+    domains: tuple[str, ...] | None = None
+    """Keep only rows of these domains; none: all."""
     prompt: str = "{context}\n{question}\n"
     """Template of a prompt; an absent context takes its line with it."""
     max_answer_bytes: int | None = Field(default=None, ge=1)

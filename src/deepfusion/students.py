@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -134,8 +135,19 @@ def transfer_lessons(
                 )
             )
         ]
-        result += fitting or lessons([document], tokenizer, training, cluster=owner)
+        result += fitting or _untaught(document, tokenizer, training, owner)
     return result
+
+
+def _untaught(document: TransferDocument, tokenizer: Tokenizer, training: Training, cluster: int) -> list[Lesson]:
+    """A document's plain lesson; of a written one whose answer is too long for the student, none."""
+    try:
+        return lessons([document], tokenizer, training, cluster=cluster)
+    except ValueError as error:
+        if document.writer is None:
+            raise
+        print(f"left out: {error}", file=sys.stderr)  # into the step's log
+        return []
 
 
 def widths(teachings: Sequence[Teaching]) -> dict[str, int]:

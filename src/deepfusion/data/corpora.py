@@ -83,6 +83,14 @@ def read_text(config: FileData, seed: int) -> Text:
     for number, source in enumerate(config.sources):
         rows += _limited(_rows(source, config, counts), source.max_rows, f"{seed}-rows-{number}", counts)
     rows = _marked(rows)
+    if config.domains is not None:
+        there = {row.domain for row in rows}
+        if unknown := sorted(set(config.domains) - there):
+            raise ValueError(
+                f"data.source.domains names {unknown[0]!r}, but the text of {_names(config)} is about "
+                f"{', '.join(sorted(there))}"
+            )
+        rows = [row for row in rows if row.domain in config.domains]
     heldout = [
         row for row in rows if row.split == "private" and _draw(f"{seed}-heldout-{row.id}") < config.heldout_share
     ]

@@ -118,7 +118,9 @@ def consult(
             tokens += sum(len(ids) for _, (ids, _) in fitting)
             of |= _ask(model, tokenizer, fitting, config)
         ticker.advance(len(some))
-    of = {document.id: of[document.id] for document in documents if document.id in of}
+    # What a document's writer learned in private was noted while it wrote.
+    gains = {name: signal.gain for name, signal in kept.of.items()} if kept else {}
+    of = {d.id: replace(of[d.id], gain=gains.get(d.id)) for d in documents if d.id in of}
     if isinstance(config.objective, VAAObjective):
         of = _standardised(of, config.objective)
     signals = Signals(tokenizer.fingerprint, teacher.lineage, of)
