@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 SCHEMA = 1
 INSIDE = ("clusters", "transfer", "routing", "bytes", "memory", "rejected", "warnings")
 METRICS = {
-    "token_accuracy": "token accuracy",
+    "token_accuracy": "accuracy",
     "token_log_perplexity": "log-perplexity",
     "choice_accuracy": "choices right",
-    "answer_nats_per_byte": "nats per byte",
+    "answer_nats_per_byte": "nats a byte",
 }
 
 
