@@ -19,7 +19,7 @@ def test_a_choice_lists_its_values() -> None:
 
 
 def test_a_section_says_where_its_default_differs() -> None:
-    assert "| section | learning_rate `0.001` |" in row("tune", "training")
+    assert "| section | learning_rate `0.0003` |" in row("tune", "training")
 
 
 def test_unions_are_told_apart_by_kind() -> None:

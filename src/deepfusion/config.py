@@ -188,7 +188,8 @@ class Models(Section):
     ancestors: dict[str, ModelSource] = Field(min_length=1)
     """Name → model; each device starts from one."""
     assign: Literal["round_robin", "random"] = "round_robin"
-    """How devices get their ancestor: in turn, or drawn at random (the paper)."""
+    """How devices get their ancestor: in turn, shifted by one every round so that devices of one domain differ; or
+    drawn at random (the paper)."""
 
 
 # ── phases ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -367,7 +368,7 @@ class TunePhase(Section):
     """Weight of the load-balance loss."""
     ownership: float = Field(default=0.0, ge=0)
     """Weight of a loss that sends each written document to its cluster's expert."""
-    training: Training = Training(learning_rate=1e-3)
+    training: Training = Training(learning_rate=3e-4)
 
 
 class EvaluatePhase(Section):

@@ -120,6 +120,9 @@ class Store:
         for scratch in sorted([*partial.glob(".*"), *partial.rglob("*.tmp"), *partial.glob(MANIFEST)]):
             shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink()
         record = json.loads((partial / RECORD).read_text(encoding="utf-8"))
+        for path in partial.rglob("*"):
+            if path.is_file():
+                path.chmod(0o644)  # safetensors writes files that nobody else may read
         files = {p.relative_to(partial).as_posix(): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
         artifact = step.gives(folder=folder, digest=folder_digest(partial, record), **record)
         manifest = {

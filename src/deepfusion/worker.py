@@ -43,6 +43,9 @@ def settle(runtime: Any) -> None:
     import torch
     import transformers
 
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[runtime.accelerator]:
+        raise ValueError(f"there is no {runtime.accelerator} accelerator on this machine: leave --accelerator out")
     torch.set_num_threads(runtime.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

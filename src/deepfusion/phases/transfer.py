@@ -157,13 +157,20 @@ def gather(
         raise ValueError("the transfer set is empty: nothing public, and every written document was dropped")
     write_jsonl(into / "documents.jsonl", documents)
     known = Counter(document.cluster for document in documents if document.kind != "public")
+    silent = tuple(
+        f"cluster {writing.cluster} teaches nothing: all that its models wrote was dropped "
+        f"({', '.join(f'{n} {what}' for what, n in writing.counts.items() if what.startswith('dropped'))}): "
+        "raise transfer.max_new_tokens, or device.epochs so that they learn to end a text"
+        for writing in writings
+        if not known.get(writing.cluster) and writing.counts
+    )
     return TransferSet(
         folder=into,
         counts=dict(sorted(counts.items())),
         per_cluster=tuple(known.get(cluster, 0) for cluster in range(clusters.k)),
         by_writer=by_writer,
         private_text_risk=bool(by_writer),
-        notices=(NOTICE,) if by_writer else (),
+        notices=((NOTICE,) if by_writer else ()) + silent,
         work=sum((writing.work for writing in writings), Work()),
     ).sealed()
 
