@@ -78,6 +78,7 @@ def report(name: str, recipe: str, seeds: list[int], overrides: list[str], found
             cells = [spread([best(results, system, subset, metric) for results in found]) for metric in METRICS]
             lines.append(f"| {system} | " + " | ".join(cells) + " |")
         lines.append("")
+    lines += per_seed(seeds, found)
     lines += [
         "## Routing and server compute",
         "",
@@ -96,6 +97,17 @@ def report(name: str, recipe: str, seeds: list[int], overrides: list[str], found
     cpu = median(sum(phase["cpu_seconds"] for phase in results["phases"]) for results in found)
     lines += ["", f"Processor time of a whole run with all references, median: {cpu:.0f} s.", ""]
     return "\n".join(lines)
+
+
+def per_seed(seeds: list[int], found: list[dict[str, Any]]) -> list[str]:
+    """Accuracy / nats per answer token on what only devices know, one column a seed."""
+    lines = [f"## Seed by seed: accuracy / log-perplexity on {SUBSETS['private_only']}", ""]
+    lines += ["| system | " + " | ".join(f"seed {seed}" for seed in seeds) + " |", "|---|" + "---:|" * len(seeds)]
+    for system in dict.fromkeys(row["system"] for row in found[0]["rows"]):
+        pairs = [[best(r, system, "private_only", f"token_{m}") for m in ("accuracy", "log_perplexity")] for r in found]
+        cells = [" / ".join("" if value is None else f"{value:.3f}" for value in pair) for pair in pairs]
+        lines.append(f"| {system} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def best(results: dict[str, Any], system: str, subset: str, metric: str) -> float | None:

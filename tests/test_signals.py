@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from deepfusion.config import Training
-from deepfusion.data.batches import MAX_GAIN, Tokenizer, collate, taught
+from deepfusion.data.batches import MAX_GAIN, Lesson, Tokenizer, collate, focused, lessons, taught
 from deepfusion.data.documents import Document
 from deepfusion.signals import Signal, Signals
 from pico import pico_tokenizer
@@ -80,19 +80,6 @@ def test_parts_are_merged(tokenizer: Tokenizer) -> None:
 
 
 # ── a teacher of the same tokenizer ───────────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_token_weighs_more_by_its_gain(tokenizer: Tokenizer) -> None:
-    told = signal(ASKED.text, tokenizer)
-    gain = np.zeros(len(told.ids), np.float16)
-    gain[3:5] = (2, 40)  # the second is capped
-    told = replace(told, gain=gain)
-    learnt = taught(ASKED, told, Signals(tokenizer.fingerprint, "x", {}), tokenizer, Training(), focus=0.5)
-    assert learnt is not None
-    expected = [0.0, *[1.0] * (len(told.ids) - 1)]
-    expected[3:5] = (2.0, 1 + 0.5 * MAX_GAIN)
-    assert learnt.weights.tolist() == expected
-    assert collate([[[learnt]]])["topk_weight"][0, :-1].tolist() == expected[1:]
 
 
 def test_gain_survives_the_disk(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -203,16 +190,36 @@ def test_focus_weighs_a_token_by_its_gain(tokenizer: Tokenizer) -> None:
     gain[given], gain[-1] = 2.0, 100.0  # the end token's is too much to be taken at its word
     told = silent(replace(told, gain=gain), given)
     asked, voice = Document(id="a", domain="x", prompt="Who? ", answer="Ann"), Signals(tokenizer.fingerprint, "x", {})
-    learnt = taught(asked, told, voice, tokenizer, Training(answer_weight=2), focus=0.5)
+    learnt = taught(asked, told, voice, tokenizer, Training(answer_weight=2))
     assert learnt is not None
-    rest = n - given - 2
-    assert learnt.weights.tolist() == [0] + [1] * (given - 1) + [2 * (1 + 0.5 * 2)] + [2] * rest + [2 * (1 + 0.5 * 5)]
-    batch = collate([[[learnt]]])
-    assert batch["weights"][0, :-1].tolist() == learnt.weights[1:].tolist()
+    plain = [0] + [1] * (given - 1) + [2] * (n - given)
+    assert learnt.weights.tolist() == plain
+    [heavier] = focused([learnt], 0.5)
+    raised = np.array(plain, float)
+    raised[given] *= 1 + 0.5 * 2
+    raised[-1] *= 1 + 0.5 * MAX_GAIN
+    np.testing.assert_allclose(heavier.weights, raised * sum(plain) / raised.sum(), rtol=1e-6)
+    batch = collate([[[heavier]]])
+    assert batch["weights"][0, :-1].tolist() == heavier.weights[1:].tolist()
     assert batch["topk_weight"][0].tolist() == [0] * (given - 1) + batch["weights"][0, given - 1 :].tolist()
-    plain = taught(asked, told, voice, tokenizer, Training(answer_weight=2))
-    assert plain is not None
-    assert plain.weights.tolist() == [0] + [1] * (given - 1) + [2] * (n - given)
+
+
+def test_focus_takes_no_weight_from_public_text(tokenizer: Tokenizer) -> None:
+    """Written text weighs the same in all, whatever the focus; text without a writer is left as it is."""
+    public = lessons([Document(id="p", domain="x", answer="Public text.")], tokenizer, Training())
+    voice = Signals(tokenizer.fingerprint, "x", {})
+    written: list[Lesson] = []
+    for name, level in (("One text.", 0.5), ("Another text.", 3.0)):
+        told = signal(name, tokenizer)
+        told = replace(told, gain=np.full(len(told.ids), level, np.float16))
+        learnt = taught(Document(id=name, domain="x", answer=name), told, voice, tokenizer, Training())
+        assert learnt is not None
+        written.append(learnt)
+    low, high, *rest = focused([*written, *public], 2.0)
+    assert rest == public
+    total = sum(float(lesson.weights.sum()) for lesson in written)
+    assert float(low.weights.sum() + high.weights.sum()) == pytest.approx(total)
+    assert float(high.weights[1] / low.weights[1]) == pytest.approx((1 + 2 * 3.0) / (1 + 2 * 0.5))
 
 
 def test_gain_goes_to_the_tokens_that_end_in_the_same_place(tokenizer: Tokenizer, other: Tokenizer) -> None:
@@ -225,10 +232,13 @@ def test_gain_goes_to_the_tokens_that_end_in_the_same_place(tokenizer: Tokenizer
         gain=np.array([0, 1, 2, 3], np.float16),
     )
     document = Document(id="a", domain="x", answer="Who?")
-    learnt = taught(document, told, Signals(other.fingerprint, "x", {}), tokenizer, Training(), focus=1.0)
+    learnt = taught(document, told, Signals(other.fingerprint, "x", {}), tokenizer, Training())
     assert learnt is not None
+    assert learnt.gain is not None
     _, ends = tokenizer.encode("Who?")
-    assert learnt.weights.tolist() == [0, *(2 if end <= 2 else 3 for end in ends), 4]
-    batch = collate([[[learnt]]])
+    assert learnt.gain.tolist() == [0, *(1 if end <= 2 else 2 for end in ends), 3]
+    [heavier] = focused([learnt], 1.0)
+    batch = collate([[[heavier]]])
     assert batch["chunk_logprobs"].tolist() == [-1, -2, -3]
-    assert batch["chunk_weight"].tolist() == [2, 3, 4]  # of the heaviest token in it
+    shares = batch["chunk_weight"] / batch["chunk_weight"][0]
+    assert shares.tolist() == pytest.approx([1, 1.5, 2])  # of the heaviest token in it

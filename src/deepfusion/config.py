@@ -266,7 +266,8 @@ class LogitsObjective(Section):
     """Weight of the KL to the teachers (β, Eq. 11)."""
     focus: float = Field(default=1.0, ge=0)
     """Extra weight of a written token for each nat by which its writer finds it likelier than the writer's public
-    ancestor did: what devices have learned in private weighs more than words that anyone could have guessed."""
+    ancestor did: what devices have learned in private weighs more than words that anyone could have guessed. All
+    written text together weighs the same as without."""
     label_teaches: bool = True
     """Where no teacher's distribution fits the student's tokens, let the label stand in for one (the KL to a one-hot
     distribution), so that β does not drown public text, or text from other tokenizers, in the rest."""

@@ -11,7 +11,7 @@ import torch
 from deepfusion import checkpoints
 from deepfusion.artifacts import Checkpoint, Teaching, TransferSet, Work
 from deepfusion.config import LogitsObjective, Runtime, Training, VAAObjective
-from deepfusion.data.batches import Lesson, Schedule, Tokenizer, lessons, taught
+from deepfusion.data.batches import Lesson, Schedule, Tokenizer, focused, lessons, taught
 from deepfusion.data.documents import TransferDocument, read_jsonl
 from deepfusion.families import Role, family
 from deepfusion.objectives import build_objective
@@ -92,12 +92,10 @@ def transfer_lessons(
 
     Args:
         teachings: what teachers said after the fact. Without any, a document's teacher is its writer, by the
-        probabilities
-            kept while writing, and public documents have none.
+            probabilities kept while writing, and public documents have none.
         cluster: only what this cluster knows; none: everything.
         ask: `writers`: one lesson per document; `proxies`: one per document and teacher of the document's cluster (or
-        of
-            `cluster`, which is then asked about every public document, as published).
+            of `cluster`, which is then asked about every public document, as published).
         only_public: leave out written documents.
         objective: what the lessons are for: its `focus`, and the patches of features that it wants.
     """
@@ -131,12 +129,11 @@ def transfer_lessons(
                     training,
                     cluster=owner,
                     patches=feature_patches(objective),
-                    focus=objective.focus,
                 )
             )
         ]
         result += fitting or _untaught(document, tokenizer, training, owner)
-    return result
+    return focused(result, objective.focus)
 
 
 def _untaught(document: TransferDocument, tokenizer: Tokenizer, training: Training, cluster: int) -> list[Lesson]:

@@ -33,6 +33,7 @@ class Lesson:
 
     ids: np.ndarray  # [n] int64
     weights: np.ndarray  # [n] float32, cross-entropy weight of predicting token i; 0 for the start token
+    gain: np.ndarray | None = None  # [n] float32, nats of token i that its writer learned in private (`Signal.gain`)
     topk_ids: np.ndarray | None = None  # [n, k] int64: teacher of the same tokenizer
     topk_logprobs: np.ndarray | None = None  # [n, k] float32
     chunk: np.ndarray | None = None  # [n] int64, chunk that token i belongs to, or -1: teacher of another tokenizer
@@ -120,11 +121,8 @@ def taught(
     *,
     cluster: int = -1,
     patches: int = 0,
-    focus: float = 0.0,
 ) -> Lesson | None:
     """A document with its teacher's signal, in the student's tokens; None when it does not fit the context.
-
-    With `focus`, a token weighs 1 + focus · gain (see `Signal.gain`), in the cross-entropy and in the KL.
 
     With equal tokenizers the teacher's own tokens are kept, so every position has its distribution. Otherwise the
     document is tokenised anew and the teacher speaks through the likelihood of the chunks that both tokenizations
@@ -141,9 +139,8 @@ def taught(
         return None
     answer_from = len(document.prompt.encode())
     weights = np.where(ends > answer_from, training.answer_weight, 1.0).astype(np.float32)
-    weights *= 1 + focus * _gain_at(ends, signal, same)
     weights[0] = 0.0
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {"gain": _gain_at(ends, signal, same)}
     if same:
         extra["topk_ids"] = signal.topk_ids.astype(np.int64)
         extra["topk_logprobs"] = signal.topk_logprobs.astype(np.float32)
@@ -158,10 +155,27 @@ def taught(
     return Lesson(ids=ids, weights=weights, cluster=cluster, **extra)
 
 
-def _gain_at(ends: np.ndarray, signal: Signal, same: bool) -> np.ndarray:
+def focused(text: Sequence[Lesson], focus: float) -> list[Lesson]:
+    """The lessons with each written token's weight times 1 + focus · gain, in the cross-entropy and in the KL.
+
+    All written tokens together weigh what they did before: focus moves weight from words that anyone could have guessed
+    to what devices know, and none away from the public text beside it.
+    """
+    told = [(lesson.weights, lesson.gain) for lesson in text if lesson.gain is not None]
+    heavier = sum(float((weights * (1 + focus * gain)).sum()) for weights, gain in told)
+    scale = sum(float(weights.sum()) for weights, _ in told) / heavier if heavier else 1.0
+    return [
+        lesson
+        if lesson.gain is None
+        else replace(lesson, weights=(lesson.weights * (1 + focus * lesson.gain) * scale).astype(np.float32))
+        for lesson in text
+    ]
+
+
+def _gain_at(ends: np.ndarray, signal: Signal, same: bool) -> np.ndarray | None:
     """Gain of every student token: the teacher's own where tokens are the same, else that of the byte it ends on."""
     if signal.gain is None:
-        return np.zeros(len(ends), np.float32)
+        return None
     gain = np.minimum(signal.gain.astype(np.float32), MAX_GAIN)
     if same:
         return gain
