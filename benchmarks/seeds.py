@@ -1,6 +1,7 @@
 """Run a recipe over several seeds and report every system's median and range, with what they were measured on.
 
     python benchmarks/seeds.py demo --seeds 0 1 2 [--set key=value …] [--out runs/bench] [--report benchmarks/NAME.md]
+        [--workers N]
 
 Seeds that have run already are not run again. The report is Markdown, on stdout too.
 """
@@ -33,10 +34,12 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     parser.add_argument("--report", type=Path)
+    parser.add_argument("--workers", type=int, help="steps at a time; changes nothing but the time")
     arguments = parser.parse_args()
     name = Path(arguments.recipe).stem
     found = [
-        run(arguments.recipe, seed, arguments.overrides, arguments.out / f"{name}-{seed}") for seed in arguments.seeds
+        run(arguments.recipe, seed, arguments.overrides, arguments.out / f"{name}-{seed}", arguments.workers)
+        for seed in arguments.seeds
     ]
     text = report(name, arguments.recipe, arguments.seeds, arguments.overrides, found)
     print(text)
@@ -44,11 +47,13 @@ def main() -> None:
         arguments.report.write_text(text, encoding="utf-8")
 
 
-def run(recipe: str, seed: int, overrides: list[str], out: Path) -> dict[str, Any]:
+def run(recipe: str, seed: int, overrides: list[str], out: Path, workers: int | None) -> dict[str, Any]:
     """Results of one seed."""
     command = [sys.executable, "-m", "deepfusion.cli", "run", recipe, "--quiet", "--out", str(out)]
     for override in [*overrides, f"seed={seed}"]:
         command += ["--set", override]
+    if workers is not None:
+        command += ["--workers", str(workers)]
     subprocess.run(command, check=True)
     return json.loads((out / "results.json").read_text(encoding="utf-8"))
 
