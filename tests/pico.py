@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from deepfusion.artifacts import Checkpoint
-from deepfusion.checkpoints import as_checkpoint, make_model, make_tokenizer, save_model
+from deepfusion.checkpoints import (
+    as_checkpoint,
+    make_model,
+    make_tokenizer,
+    open_model,
+    open_tokenizer,
+    save_model,
+)
 from deepfusion.config import MadeModel
 from deepfusion.families import FAMILIES
 from deepfusion.families.mixtral import moe_config
@@ -61,3 +69,26 @@ def pico(model_type: str, folder: Path, seed: int = 0, **overrides: Any) -> Path
 def pico_checkpoint(model_type: str, folder: Path, seed: int = 0, **overrides: Any) -> Checkpoint:
     """`pico`, sealed as an ancestor."""
     return as_checkpoint(pico(model_type, folder, seed, **overrides))
+
+
+def pad_vocabulary(folder: Path, extra: int = 8, scale: float = 1000.0) -> Path:
+    """Widen a checkpoint's vocabulary beyond its tokenizer's, by tokens that it finds likelier than all others."""
+    model, tokenizer = open_model(folder), open_tokenizer(folder)
+    known = model.config.vocab_size
+    model.resize_token_embeddings(known + extra, mean_resizing=False)
+    with torch.no_grad():
+        embedding = model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
+        direction = scale * torch.ones(embedding.shape[1])
+        direction[::2] = scale / 2  # not at right angles to what layer norms put out
+        for row in range(known, known + extra):
+            embedding[row] = direction if row % 2 else -direction
+    save_model(model, tokenizer, folder)
+    return folder
+
+
+def normalise(folder: Path) -> Path:
+    """Give a checkpoint a tokenizer that composes characters, and so cannot spell every text."""
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(tokenizer | {"normalizer": {"type": "NFC"}}), encoding="utf-8")
+    return folder

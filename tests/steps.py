@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from deepfusion.artifacts import Artifact
+from deepfusion.errors import InputError
 from deepfusion.progress import PROGRESS, Ticker
 from deepfusion.store import Step
 
@@ -55,7 +56,21 @@ def ended(text: str, *, into: Path) -> Note:
 def mistaken(text: str, *, into: Path) -> Note:
     """The user's mistake."""
     (into / "half.txt").write_text("half")
-    raise ValueError(f"{text} is wrong")
+    raise InputError(f"{text} is wrong")
+
+
+def confused(text: str, *, into: Path) -> Note:
+    """A value that the step itself got wrong."""
+    raise ValueError(f"cannot reshape {text}")
+
+
+def interrupted(text: str, *, into: Path) -> Note:
+    """Ctrl-C, the first time that it is tried."""
+    if not (into / "begun").exists():
+        (into / "begun").touch()
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(60)
+    return note(text, into=into)
 
 
 def full(text: str, *, into: Path) -> Note:

@@ -85,9 +85,10 @@ def files(*sources: dict[str, Any]) -> dict[str, Any]:
         ("cluster.kk=2", "tiny.yaml: unknown key 'cluster.kk'"),
         ("device.training.lr=1", "tiny.yaml: unknown key 'device.training.lr'"),
         ("cluster.k=9", "cluster.k is 9 but there are only 4 devices (data.partition.devices): lower k or add devices"),
-        ("cluster.k=two", "tiny.yaml: cluster.k: "),
+        ("cluster.k=two", "tiny.yaml: cluster.k: must be an integer ≥ 1, not 'two'"),
         ("distill.shares.joint=0.5", "joint + branch + tune must be 1"),
-        ("models.base.make.type=mamba", "tiny.yaml: models.base.make.type: "),
+        ("models.base.make.type=mamba", "tiny.yaml: models.base.make.type: must be gpt2, llama, opt, "),
+        ("models.base.make.hidden=18", "tiny.yaml: models.base.make: hidden 18 and 2 heads do not fit: "),
         ("cluster", "--set takes key=value, not 'cluster'"),
     ],
 )
@@ -100,15 +101,47 @@ def test_a_missing_recipe_is_named(fail: Fail) -> None:
     assert fail(recipe="none.yaml") == "recipe none.yaml does not exist"
     assert fail(recipe="none").startswith("recipe 'none' is neither a file nor an embedded recipe (embedded: ")
     Path("broken.yaml").write_text("a: [")
-    assert fail(recipe="broken.yaml").startswith("recipe broken.yaml is not YAML: ")
+    assert fail(recipe="broken.yaml").startswith("broken.yaml, line 1, column 5 is not YAML: ")
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_a_folder_that_cannot_be_one_is_named(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    for out in ("file", "file/below"):
+        result = CliRunner().invoke(cli.app, [command, "smoke", "--out", out])
+        assert result.exit_code == 2
+        assert result.output == (
+            f"deepfusion: error: --out {out} cannot be a folder, for file is a file: give another one\n"
+        )
 
 
 # ── the text ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_missing_file_is_named(fail: Fail) -> None:
-    assert fail(tree=files({"path": "none.jsonl"})) == f"data file {Path('none.jsonl').resolve()} does not exist"
-    assert left() == []
+    missing = Path("none.jsonl").resolve()
+    assert fail(tree=rows() | {"data": files({"path": "rows.jsonl"}, {"path": "none.jsonl"})["data"]}) == (
+        f"data.source.sources.1.path: {missing} does not exist: set it, as with --set data.source.sources.1.path=FILE"
+    )
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_what_an_embedded_recipe_lacks_is_named_at_once(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the current directory, and not beside the installed package."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    result = CliRunner().invoke(cli.app, [command, "medical_finance"])
+    missing = tmp_path / "shared" / "data" / "medical_open.jsonl"
+    assert (result.exit_code, result.output) == (
+        2,
+        f"deepfusion: error: data.source.sources.0.path: {missing} does not exist: "
+        "set it, as with --set data.source.sources.0.path=FILE\n",
+    )
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -202,7 +235,27 @@ def test_a_broken_checkpoint_is_named(harm: str, where: str, fail: Fail, tmp_pat
 
 
 def test_a_missing_checkpoint_is_named(fail: Fail) -> None:
-    assert fail("models.base={path: none}") == f"model folder {Path('none').resolve()} does not exist"
+    assert fail("models.base={path: none}") == (
+        f"models.base.path: {Path('none').resolve()} does not exist: set it, as with --set models.base.path=FOLDER"
+    )
+
+
+def test_a_broken_encoder_is_named_once(fail: Fail) -> None:
+    """And not once for each device that cannot use it."""
+    Path("encoder").mkdir()
+    message = fail("device.encoder=encoder")
+    assert message == (
+        f"device device-00: encoder {Path('encoder').resolve()} is not a checkpoint folder: it has no config.json"
+    )
+    assert not {"device", "upload"} & set(left())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_an_accelerator_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli.app, ["run", "smoke", "--workers", "0", "--accelerator", "cuda", "--quiet"])
+    words = "data: there is no cuda accelerator on this machine: leave --accelerator out"
+    assert (result.exit_code, result.output) == (2, f"deepfusion: error: {words}\n")
 
 
 def test_types_of_several_ancestors_are_named(fail: Fail) -> None:
@@ -252,6 +305,18 @@ def test_a_worker_says_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert line.startswith("deepfusion: error: data: ")
     assert line.endswith("rows.jsonl, line 1: options must be a list of two or more")
     assert list(tmp_path.glob("runs/tiny/steps/*/*")) == []
+
+
+def test_a_mistake_is_told_once(tmp_path: Path) -> None:
+    """Also where steps are shown as they come and go."""
+    (tmp_path / "empty.jsonl").touch()
+    source = "data.source={kind: files, sources: [{path: empty.jsonl}]}"
+    done = called(["run", "smoke", "--set", source, "--workers", "0"], tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "start   data",
+        f"deepfusion: error: data: {tmp_path / 'empty.jsonl'} is empty",
+    ]
 
 
 def test_a_mistake_costs_no_time(tmp_path: Path) -> None:

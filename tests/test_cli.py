@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from typer.testing import CliRunner, Result
 from deepfusion import cli, pipeline
 from deepfusion.artifacts import Report
 from deepfusion.config import Recipe, Runtime
+from deepfusion.engine import PlannedStep
 from pico import pico
 
 RECIPE = """
@@ -92,18 +92,18 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 
 
 def test_run_passes_everything_on(invoke: Invoke, calls: list[Called]) -> None:
-    where = ("--out", "there", "--workers", "0", "--threads", "2")
+    where = ("--out", "there", "--workers", "0", "--threads", "2", "--checkpoint-seconds", "7.5")
     result = invoke("run", "tiny.yaml", "--set", "seed=3", "--set", "cluster.k=2", *where)
     assert result.exit_code == 0, result.output
     [(recipe, out, runtime)] = calls
     assert (recipe.name, recipe.seed, recipe.cluster.k) == ("tiny", 3, 2)
-    assert (out, runtime.workers, runtime.threads, runtime.accelerator) == (Path("there"), 0, 2, "cpu")
+    assert (out, runtime) == (Path("there"), Runtime(workers=0, threads=2, accelerator="cpu", checkpoint_seconds=7.5))
 
 
 def test_run_goes_to_its_own_folder_and_prints_what_came_out(invoke: Invoke, calls: list[Called]) -> None:
     result = invoke("run", "tiny.yaml")
     assert calls[0][1] == Path("runs/tiny")
-    assert calls[0][2].workers == Runtime().workers
+    assert calls[0][2] == Runtime()
     assert "runs/tiny/moe" in result.stdout
     assert "runs/tiny/report.html" in result.stdout
     assert "done    device d1  5.0 s" in result.stderr
@@ -141,6 +141,32 @@ def test_the_users_mistakes_are_one_line_and_2(invoke: Invoke, arguments: list[s
     assert result.stderr.startswith(f"deepfusion: error: {message}")
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rnu"], "No such command 'rnu'. Did you mean 'run'? (see "),
+        (["run"], "Missing argument 'RECIPE'. (see "),
+        (["run", "smoke", "--otu", "x"], "No such option '--otu'. (Did you mean "),
+        (["run", "smoke", "--workers", "two"], "Invalid value for '--workers': 'two' is not a valid integer"),
+        (["run", "smoke", "--checkpoint-seconds", "0"], "Invalid value for '--checkpoint-seconds': 0"),
+    ],
+)
+def test_a_misspelt_command_is_one_line_and_2(invoke: Invoke, arguments: list[str], message: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"deepfusion: error: {message}")
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.lower().count("did you mean") <= 1
+    assert result.stdout == ""
+
+
+def test_no_command_at_all_is_helped(invoke: Invoke) -> None:
+    result = invoke()
+    assert result.exit_code == 2
+    assert "medical" not in result.output
+    assert "Usage: " in result.output
 
 
 def test_our_mistakes_are_1_and_say_where_to_look(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,8 +207,8 @@ def test_stopping(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_plan(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = [
-        SimpleNamespace(phase="data", item=None, state="done", reason="found"),
-        SimpleNamespace(phase="device", item="d0", state="run", reason="[new] settings"),
+        PlannedStep("data", None, "done", "found"),
+        PlannedStep("device", "d0", "run", "[new] settings"),
     ]
     asked: list[Path] = []
     monkeypatch.setattr(pipeline, "plan", lambda recipe, out: asked.append(out) or steps)
@@ -190,7 +216,13 @@ def test_plan(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 0, result.output
     assert "[new] settings" in result.stdout
     assert "1 done, 1 would run, 0 wait" in result.stdout
-    assert json.loads(invoke("plan", "tiny.yaml", "--json", "--out", "x").stdout)[1]["state"] == "run"
+    assert json.loads(invoke("plan", "tiny.yaml", "--json", "--out", "x").stdout)[1] == {
+        "phase": "device",
+        "item": "d0",
+        "state": "run",
+        "reason": "[new] settings",
+        "count": 1,
+    }
     assert asked == [Path("runs/tiny"), Path("x")]
 
 
@@ -200,7 +232,7 @@ def test_show(invoke: Invoke, tmp_path: Path) -> None:
     assert ["base", "0.125", "0.125"] in lines
     assert ["device,", "mean", "of", "2", "0.500", "0.500"] in lines
     assert ["device,", "best", "of", "2", "0.750", "0.250"] in lines  # the most accurate, the least perplexed
-    assert ["device", "2", "1", "1", "min", "05", "s", "34", "s"] in lines
+    assert ["device", "2", "1", "min", "05", "s", "34", "s"] in lines
     assert json.loads(invoke("show", ".", "--json").stdout) == RESULTS
 
 

@@ -2,12 +2,14 @@
 
 import io
 import json
+import re
+import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from deepfusion.display import Display, amount, duration, read_progress
+from deepfusion.display import POLL_SECONDS, Display, amount, duration, read_progress
 from deepfusion.progress import PROGRESS, Ticker
 
 
@@ -95,6 +97,16 @@ def test_bars_on_a_terminal(tmp_path: Path) -> None:
     text = shown(terminal=True, folder=tmp_path)
     assert "done    device d0  12 s" in text
     assert "start   " not in text
+
+
+@pytest.mark.parametrize(("total", "told"), [(1, "0 of 1 document"), (3, "0 of 3 documents")])
+def test_one_is_one(tmp_path: Path, total: int, told: str) -> None:
+    write(tmp_path, done=0, total=total, unit="documents", started_at=1)
+    stream = io.StringIO()
+    with Display(console=Console(file=stream, force_terminal=True, width=100, color_system=None)) as display:
+        display.started("write", tmp_path)
+        time.sleep(2.5 * POLL_SECONDS)
+    assert re.search(rf"{told}\b", stream.getvalue())
 
 
 def test_quiet_is_quiet(tmp_path: Path) -> None:

@@ -6,10 +6,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, PreTrainedTokenizerFast
 
-from deepfusion.encoders import HASHING, cosine, decode, embed, encode_texts, projection, quantise, similarity_to
+from deepfusion.encoders import (
+    ENCODER_BATCH,
+    HASHING,
+    cosine,
+    decode,
+    embed,
+    encode_texts,
+    projection,
+    quantise,
+    similarity_to,
+)
 
 MEDICINE = [
     "The patient was given a daily dose of Velotrin for her chronic migraine.",
@@ -198,6 +208,49 @@ def test_sentence_encoder_is_the_mean_over_real_tokens(encoder: Path) -> None:
     assert rows.shape == (2, 16)
     assert rows.dtype == np.float32
     assert rows[0] == pytest.approx((mean / mean.norm()).numpy(), abs=1e-5)
+
+
+@pytest.mark.parametrize("limit", [None, 6, 99])
+def test_sentence_encoder_is_what_sentence_transformers_computes(limit: int | None, tmp_path: Path) -> None:
+    """By hand, text for text: [CLS] words [SEP] cut to the longest; the mean over all of them, start and end included;
+    length 1. Neither the others in a batch nor their padding show.
+    """
+    torch.manual_seed(1)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghij"]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    raw.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]",
+        model_max_length=10,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=12, initializer_range=0.5,
+    )  # fmt: skip
+    model = BertModel(config, add_pooling_layer=False).eval()
+    model.save_pretrained(tmp_path)
+    if limit is not None:
+        (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": limit}))
+    longest = min(limit or 10, 10)
+    made = np.random.default_rng(0)
+    texts = ["", *(" ".join(made.choice(words[4:], size)) for size in (*range(1, 20), *range(1, 20)))]
+    assert len(texts) > ENCODER_BATCH
+    expected = []
+    for text in texts:
+        ids = [2, *[words.index(word) for word in text.split()][: longest - 2], 3]
+        with torch.inference_mode():
+            states = model(input_ids=torch.tensor([ids])).last_hidden_state[0].double().numpy()
+        mean = states.sum(axis=0) / len(ids)
+        expected.append(mean / np.sqrt((mean**2).sum()))
+    rows = encode_texts(str(tmp_path), texts)
+    assert np.linalg.norm(rows, axis=1) == pytest.approx(np.ones(len(texts)), abs=1e-6)
+    np.testing.assert_allclose(rows, expected, atol=2e-6)
+    order = made.permutation(len(texts))
+    np.testing.assert_allclose(encode_texts(str(tmp_path), [texts[i] for i in order]), rows[order], atol=2e-6)
+    assert (rows[5] @ rows[6]) < 0.999  # they are told apart
 
 
 def test_sentence_encoder_cuts_long_texts_where_it_was_trained_to(encoder: Path) -> None:

@@ -12,13 +12,14 @@ SOURCE = Path(__file__).parents[1] / "src" / "deepfusion"
 
 # From the bottom up: a module imports from its own layer and those below. A package's name covers its modules.
 LAYERS = (
-    ("artifacts", "config", "progress", "data.documents"),
-    ("losses", "alignment", "metrics", "findings", "store", "signals"),
+    ("errors", "artifacts", "config", "progress", "data.documents"),
+    ("losses", "alignment", "metrics", "labels", "findings", "outcome", "store", "signals", "inputs", "roles"),
     ("families", "weights", "checkpoints", "routing", "scoring", "encoders"),
     ("objectives", "data", "training", "students", "ancestors", "writing", "figures", "page"),
     ("phases", "conclusion"),
     ("baselines",),
-    ("engine", "worker", "preload"),
+    ("engine", "worker", "preload", "steps"),
+    ("outlook", "references"),
     ("pipeline", "inference"),
     ("cli", "display", "summary", "reference", "__init__"),
 )

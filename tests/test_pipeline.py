@@ -1,5 +1,6 @@
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from deepfusion import pipeline
 from deepfusion.artifacts import MANIFEST, Report, Upload
 from deepfusion.config import Runtime
+from deepfusion.errors import InputError
 from deepfusion.phases import device
 from deepfusion.weights import WEIGHTS, tensors, write
 from tiny import HERE, recipe
@@ -96,7 +98,7 @@ def test_results_follow_their_schema(done: tuple[Path, Report, Seen]) -> None:
     assert found["memory"]["server_peak_bytes"] > 0
     for step in found["phases"]:
         assert {"name", "item", "seconds", "cpu_seconds", "cached", "tokens", "flops"} <= set(step)
-    assert {step["name"] for step in found["phases"]} == set(pipeline.STEPS) - {"take", "consult", "report"}
+    assert {step["name"] for step in found["phases"]} == set(pipeline.STEPS) - {"take", "shift", "consult", "report"}
 
 
 def test_every_system_costs_what_it_may(done: tuple[Path, Report, Seen]) -> None:
@@ -142,19 +144,25 @@ def test_a_change_runs_what_depends_on_it(again: Callable[..., tuple[Path, Seen]
 
 def test_a_harmed_step_is_run_again_and_nothing_else(again: Callable[..., tuple[Path, Seen]]) -> None:
     """It comes out as it was, so what depends on it is still right."""
-    assert again(without="cluster-1")[1].ran == ["write cluster-1", "branch cluster-1"]
+    ran = again(without="cluster-1")[1].ran
+    assert [name for name in ran if not name.startswith("proxy")] == ["write cluster-1", "branch cluster-1"]
 
 
 def test_a_plan_tells_what_a_run_would_do(done: tuple[Path, Report, Seen], tmp_path: Path) -> None:
-    assert {(step.phase, step.state) for step in pipeline.plan(recipe(), tmp_path / "none")} == {
-        ("data", "run"),
-        ("…", "wait"),
-    } | {("make", "wait")}
+    fresh = pipeline.plan(recipe(), tmp_path / "none")
+    assert [(step.phase, step.state) for step in fresh[:4]] == [("data", "run"), *[("make", "wait")] * 3]
+    assert {step.state for step in fresh[4:]} == {"wait"}
     assert not (tmp_path / "none").exists()
+    ran = Counter(step["name"] for step in results(done[0])["phases"])
+    for phase, steps in ran.items():
+        planned = sum(step.count for step in fresh if step.phase == phase)
+        at_least = any(step.phase == phase and step.reason.startswith("at least") for step in fresh)
+        assert planned <= steps if at_least else planned == steps, phase
+    assert {step.phase for step in fresh} == {*ran, "report"}
     assert {step.state for step in pipeline.plan(recipe(), done[0])} == {"done"}
     changed = pipeline.plan(recipe("tune.ownership=0.5"), done[0])
     assert {step.phase for step in changed if step.state == "run"} == {"tune"}
-    assert {(s.phase, s.item) for s in changed if s.state == "wait"} >= {("evaluate", "deepfusion")}
+    assert {(s.phase, s.item) for s in changed if s.state == "wait"} == {("evaluate", "deepfusion"), ("report", None)}
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
@@ -187,8 +195,34 @@ def test_a_device_that_breaks_is_left_out_by_name(
     monkeypatch.setattr(device, "train_device", broken)
     out, seen = again(without="device-02")
     assert left_out(out, seen) == "device device-02 never arrived: device device-02: RuntimeError: battery empty"
-    assert any(text.startswith("device-02 is left out") for text in seen.said)
+    [said] = [text for text in seen.said if "device-02" in text]
+    assert said == "device device-02: RuntimeError: battery empty; the run goes on without it"
     assert len(list(out.glob("steps/device/device-02-*.partial"))) == 1  # to go on from
+
+
+def test_a_device_with_an_error_of_its_own_is_left_out_by_name(
+    again: Callable[..., tuple[Path, Seen]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ValueError, which of the recipe or of the text would stop the run."""
+
+    def broken(*, into: Path, **_: Any) -> Upload:
+        raise ValueError(f"{into / 'model'}: shapes (3,) and (4,) do not match")
+
+    monkeypatch.setattr(device, "train_device", broken)
+    reason = left_out(*again(without="device-02"))
+    assert reason.startswith("device device-02 never arrived: device device-02: device/device-02-")
+    assert reason.endswith(".partial/model: shapes (3,) and (4,) do not match")
+
+
+def test_an_error_in_what_all_devices_share_stops_the_run(
+    again: Callable[..., tuple[Path, Seen]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(**_: Any) -> Upload:
+        raise InputError("the answer of document 'x' takes 99 tokens")
+
+    monkeypatch.setattr(device, "train_device", broken)
+    with pytest.raises(InputError, match=r"^device device-02: the answer of document 'x' takes 99 tokens$"):
+        again(without="device-02")
 
 
 def test_an_upload_with_nan_is_rejected_by_name(
@@ -232,11 +266,31 @@ PAPER = (
 def test_the_published_method_runs(again: Callable[..., tuple[Path, Seen]]) -> None:
     out, seen = again(*PAPER)
     found = results(out)
-    assert {name for name in seen.ran if name.startswith("consult")} == {"consult proxy-0", "consult proxy-1"}
+    assert {name for name in seen.ran if name.startswith("consult")} == {"consult cluster-0", "consult cluster-1"}
     assert not {name for name in seen.ran + seen.found if name.startswith(("write", "joint"))}
     assert found["transfer"]["private_text_risk"] is False
     assert [len(proxy["members"]) for proxy in found["clusters"]["proxies"]] == [2, 2]
     assert len({proxy["model_type"] for proxy in found["clusters"]["proxies"]}) == 2
+
+
+def test_teachers_can_be_a_shift_of_the_base(again: Callable[..., tuple[Path, Seen]]) -> None:
+    """Only what learns from teachers takes the shifted text, and pays for it out of the same budget."""
+    out, seen = again("distill.shifted=true", "evaluate.references=[pooled_text_dense, dense_kd]")
+    assert {"shift", "joint", "tune", "dense_kd"} <= set(seen.ran)
+    compute = {(part["system"], part["part"]): part["token_parameters"] for part in results(out)["compute"]}
+    shifting = compute["deepfusion", "shift"]
+    assert shifting > 0
+    assert compute["dense_kd", "shift"] == shifting
+    assert ("pooled_text_dense", "shift") not in compute
+    whole = compute["pooled_text_dense", "train"]
+    assert compute["dense_kd", "train"] == pytest.approx(whole - shifting, rel=0.1)
+
+
+@pytest.mark.parametrize("other", ["distill.teachers=proxies", "distill.objective.kind=vaa", "distill.shares.joint=0"])
+def test_only_writers_can_be_shifted(other: str) -> None:
+    beside = ("distill.shares.branch=0.96",) if "joint" in other else ()
+    with pytest.raises(ValueError, match="shifted needs"):
+        recipe("distill.shifted=true", other, *beside)
 
 
 def test_types_of_several_ancestors_are_not_averaged(again: Callable[..., tuple[Path, Seen]]) -> None:
@@ -268,7 +322,7 @@ def test_a_changed_encoder_embeds_anew(
         raise RuntimeError("begun")  # which leaves the folder
 
     encoder = tmp_path / "encoder"
-    with pytest.raises(ValueError, match=f"model folder {encoder} does not exist"):
+    with pytest.raises(InputError, match=f"device.encoder: {encoder} does not exist"):
         again(f"device.encoder={encoder}")
     encoder.mkdir()
     monkeypatch.setattr(device, "train_device", broken)
@@ -282,6 +336,17 @@ def test_a_changed_encoder_embeds_anew(
 def test_proxies_write_for_large_clusters(again: Callable[..., tuple[Path, Seen]]) -> None:
     out, _ = again("transfer.max_writers=1", "evaluate.references=[]")
     assert all(name.startswith("cluster-") for name in results(out)["transfer"]["by_writer"])
+
+
+def test_steps_are_called_what_they_are_about(done: tuple[Path, Report, Seen]) -> None:
+    names = set(done[2].ran)
+    proxies = results(done[0])["clusters"]["proxies"]
+    for cluster in (0, 1):
+        types = [proxy["model_type"] for proxy in proxies if proxy["cluster"] == cluster]
+        labels = [f"cluster-{cluster}"] if len(types) == 1 else [f"cluster-{cluster}-{name}" for name in types]
+        assert {f"proxy {label}" for label in labels} <= names
+        assert {f"evaluate proxy-{label}" for label in labels} <= names
+    assert {"evaluate device-00", "evaluate branch-cluster-1", "evaluate deepfusion"} <= names
 
 
 def test_models_from_elsewhere_are_taken(

@@ -1,12 +1,17 @@
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from deepfusion.config import Training
 from deepfusion.data.batches import MAX_GAIN, Lesson, Tokenizer, collate, focused, lessons, taught
 from deepfusion.data.documents import Document
+from deepfusion.losses import topk_kl
 from deepfusion.signals import Signal, Signals
 from pico import pico_tokenizer
 
@@ -25,7 +30,13 @@ def other() -> Tokenizer:
 
 
 def signal(
-    text: str, tokenizer: Tokenizer, seed: int = 0, k: int = 3, features: bool = False, gain: bool = False
+    text: str,
+    tokenizer: Tokenizer,
+    seed: int = 0,
+    k: int = 3,
+    features: bool = False,
+    gain: bool = False,
+    before: bool = False,
 ) -> Signal:
     """A made-up teacher's word on every token of a text."""
     inner, ends = tokenizer.encode(text)
@@ -40,6 +51,8 @@ def signal(
         topk_logprobs=-made.random((n, k)).astype(np.float16),
         gain=made.random(n).astype(np.float16) if gain else None,
         features=made.random((2, 4, 8)).astype(np.float16) if features else None,
+        before=-made.random(n).astype(np.float32) if before else None,
+        before_topk=-made.random((n, k)).astype(np.float16) if before else None,
     )
 
 
@@ -53,7 +66,11 @@ def silent(told: Signal, rows: int) -> Signal:
 # ── on disk ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("more", [{}, {"features": True}, {"gain": True}, {"gain": True, "features": True}], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"features": True}, {"gain": True}, {"gain": True, "features": True}, {"gain": True, "before": True}],
+    ids=str,
+)
 def test_what_is_saved_is_read_again(more: dict[str, bool], tmp_path: Path, tokenizer: Tokenizer) -> None:
     of = {name: signal(name * 5, tokenizer, seed, **more) for seed, name in enumerate(("b", "a", ""))}
     of["b"] = silent(of["b"], 2)
@@ -69,13 +86,33 @@ def test_what_is_saved_is_read_again(more: dict[str, bool], tmp_path: Path, toke
     assert second.read_bytes() == first.read_bytes()
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans(), st.integers(0, 5)), min_size=1, max_size=6))
+def test_some_may_have_gain_or_features_and_others_not(kinds: list[tuple[bool, bool, bool, int]]) -> None:
+    """As of a proxy that is asked about public text beside its own."""
+    tokenizer = Tokenizer(pico_tokenizer(320))
+    of = {
+        f"d{n}": signal("ab" * length, tokenizer, n, features=features, gain=gain, before=before)
+        for n, (gain, features, before, length) in enumerate(kinds)
+    }
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "s.safetensors"
+        Signals("tok", "x", of).save(path)
+        found = Signals.load(path).of
+    assert list(found) == list(of)
+    for name, told in of.items():
+        for field, value in vars(told).items():
+            np.testing.assert_array_equal(getattr(found[name], field), value)
+            assert (getattr(found[name], field) is None) == (value is None)
+
+
 def test_a_teacher_may_have_nothing_to_say(tmp_path: Path) -> None:
     Signals("tok", "gpt2-x", {}).save(tmp_path / "none.safetensors")
     assert Signals.load(tmp_path / "none.safetensors") == Signals("tok", "gpt2-x", {})
 
 
 def test_parts_are_merged(tokenizer: Tokenizer) -> None:
-    parts = [Signals("tok", "x", {name: signal(name, tokenizer)}) for name in ("one", "two")]
+    parts = [Signals("tok", "x", {name: signal(name, tokenizer, before=name == "one")}) for name in ("one", "two")]
     assert Signals.merged(parts).of == parts[0].of | parts[1].of
 
 
@@ -118,6 +155,41 @@ def test_equal_tokenizers_keep_the_writers_own_tokens(tokenizer: Tokenizer) -> N
     assert batch["topk_weight"].tolist() == [[0] * len(inner) + [4] * (answer + 1) + [0]]
     assert batch["topk_ids"][0, :-1].tolist() == told.topk_ids[1:].tolist()
     assert batch["labels"][0, :-1].tolist() == ids[1:].tolist()
+
+
+def test_what_the_student_does_not_know_joins_the_rest(tokenizer: Tokenizer) -> None:
+    """Models with one tokenizer may have heads of different sizes, padded or cut; by hand: 1/2, 1/4, and 1/4 beyond."""
+    size = len(tokenizer.table)
+    told = signal(ASKED.text, tokenizer)
+    n = len(told.ids)
+    told = replace(
+        told,
+        topk_ids=np.tile(np.array([40, size - 1, size + 3], np.int32), (n, 1)),
+        topk_logprobs=np.log(np.tile(np.array([0.5, 0.25, 0.125]), (n, 1))).astype(np.float16),
+    )
+    voice = Signals(tokenizer.fingerprint, "x", {})
+    for head, kept in ((None, 2), (size + 8, 2), (size, 2), (size - 1, 1)):
+        learnt = taught(ASKED, told, voice, tokenizer, Training(), vocabulary=head)
+        assert learnt is not None
+        assert learnt.topk_ids is not None
+        assert learnt.topk_logprobs is not None
+        assert learnt.topk_ids.max() < (head or size)
+        assert np.isfinite(learnt.topk_logprobs).sum(1).tolist() == [kept] * n
+        batch = collate([[[learnt]]])
+        logits = torch.zeros(1, n, head or size)
+        found = topk_kl(logits, batch["topk_ids"], batch["topk_logprobs"], batch["topk_weight"])
+        even = 1 / (head or size)
+        parts = [0.5, 0.25][:kept]
+        expected = sum(part * np.log(part / even) for part in parts)
+        expected += (1 - sum(parts)) * np.log((1 - sum(parts)) / (1 - kept * even))
+        assert float(found) == pytest.approx(expected, rel=2e-3)  # kept in half precision
+
+
+def test_what_the_student_cannot_spell_is_not_taught(tokenizer: Tokenizer) -> None:
+    told = signal(ASKED.text, tokenizer)
+    voice, highest = Signals(tokenizer.fingerprint, "x", {}), int(told.ids.max())
+    assert taught(ASKED, told, voice, tokenizer, Training(), vocabulary=highest + 1) is not None
+    assert taught(ASKED, told, voice, tokenizer, Training(), vocabulary=highest) is None
 
 
 # ── a teacher of another tokenizer ────────────────────────────────────────────────────────────────────────────────────
@@ -180,6 +252,17 @@ def test_features_go_to_the_students_own_tokens(same: bool, tokenizer: Tokenizer
     assert unasked.features is None
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_features_of_a_text_without_a_byte_have_no_tokens(same: bool, tokenizer: Tokenizer, other: Tokenizer) -> None:
+    teacher = tokenizer if same else other
+    told, voice = signal("", teacher, features=True), Signals(teacher.fingerprint, "gpt2-x", {})
+    learnt = taught(Document(id="a", domain="x", answer=""), told, voice, tokenizer, Training(), patches=4)
+    assert learnt is not None
+    batch = collate([[[learnt]]])
+    assert batch["pool_token"].tolist() == batch["pool_slot"].tolist() == []
+    assert batch["features:gpt2-x"].shape == (1, 2, 4, 8)
+
+
 # ── what a writer has learned in private ──────────────────────────────────────────────────────────────────────────────
 
 
@@ -220,6 +303,60 @@ def test_focus_takes_no_weight_from_public_text(tokenizer: Tokenizer) -> None:
     total = sum(float(lesson.weights.sum()) for lesson in written)
     assert float(low.weights.sum() + high.weights.sum()) == pytest.approx(total)
     assert float(high.weights[1] / low.weights[1]) == pytest.approx((1 + 2 * 3.0) / (1 + 2 * 0.5))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_broken_gain_breaks_no_weight(same: bool, tokenizer: Tokenizer, other: Tokenizer) -> None:
+    teacher = tokenizer if same else other
+    told, voice = signal(ASKED.text, teacher), Signals(teacher.fingerprint, "x", {})
+    gain = np.resize(np.array([np.nan, np.inf, -np.inf, -2.0, 1.0], np.float16), len(told.ids))
+    learnt = taught(ASKED, replace(told, gain=gain), voice, tokenizer, Training())
+    assert learnt is not None
+    assert learnt.gain is not None
+    assert set(learnt.gain.tolist()) <= {0.0, 1.0, MAX_GAIN}
+    [heavier] = focused([learnt], 3.0)
+    assert np.isfinite(heavier.weights).all()
+    assert heavier.weights.sum() == pytest.approx(learnt.weights.sum())
+
+
+@st.composite
+def some_lessons(draw: st.DrawFn) -> list[Lesson]:
+    """Written (with gain) and public ones; some of them, or all, without any weight."""
+    result: list[Lesson] = []
+    for _ in range(draw(st.integers(0, 6))):
+        size = draw(st.integers(0, 8))
+        numbers = st.lists(st.floats(0, 5, width=32), min_size=size, max_size=size)
+        gain = draw(st.none() | numbers)
+        weights = draw(st.just([0.0] * size) | numbers)
+        result.append(
+            Lesson(
+                np.full(size, 7, np.int64),
+                np.array(weights, np.float32),
+                gain=None if gain is None else np.array(gain, np.float32),
+            )
+        )
+    return result
+
+
+@settings(deadline=None, max_examples=200)
+@given(some_lessons(), st.floats(0, 10))
+def test_focus_moves_weight_within_written_text_alone(text: list[Lesson], focus: float) -> None:
+    found = focused(text, focus)
+    assert len(found) == len(text)
+    pairs = [(one, other) for one, other in zip(text, found, strict=True) if one.gain is not None]
+    assert all(one is other for one, other in zip(text, found, strict=True) if one.gain is None)
+    assert all(other.weights.dtype == np.float32 and np.isfinite(other.weights).all() for _, other in pairs)
+    before, after = (sum(float(pair[side].weights.astype(float).sum()) for pair in pairs) for side in (0, 1))
+    assert after == pytest.approx(before, rel=1e-4, abs=1e-30)
+    # Of two tokens that weighed the same, the one with more gain weighs no less, by the share of their factors.
+    tokens = [
+        (float(weight), 1 + focus * float(gain), float(raised))
+        for one, other in pairs
+        for weight, gain, raised in zip(one.weights, np.asarray(one.gain), other.weights, strict=True)
+    ]
+    factors = [raised / (weight * factor) for weight, factor, raised in tokens if weight > 1e-30]
+    assert factors == pytest.approx([factors[0]] * len(factors), rel=1e-4) if factors else True
+    assert all(raised == 0 for weight, _, raised in tokens if weight == 0)
 
 
 def test_gain_goes_to_the_tokens_that_end_in_the_same_place(tokenizer: Tokenizer, other: Tokenizer) -> None:

@@ -1,16 +1,20 @@
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from deepfusion.artifacts import Checkpoint
-from deepfusion.checkpoints import open_tokenizer
+from deepfusion.checkpoints import as_checkpoint, open_tokenizer
 from deepfusion.config import LogitsObjective, VAAObjective
 from deepfusion.data.batches import Lesson, Tokenizer, lessons
-from deepfusion.data.documents import TransferDocument, read_jsonl
+from deepfusion.data.documents import TransferDocument, read_jsonl, write_jsonl
 from deepfusion.families import family
+from deepfusion.signals import Signals
 from deepfusion.students import feature_patches, learn, tokens_within, transfer_lessons, widths
-from tiny import FAST, HERE, PRIVATE, PUBLIC, checkpoint, folder, teaching, transfer, weights
+from pico import normalise, pad_vocabulary
+from tiny import FAST, HERE, PRIVATE, PUBLIC, checkpoint, folder, said, teaching, transfer, weights
 
 PLAIN = LogitsObjective(beta=0)
 
@@ -97,6 +101,56 @@ def test_a_document_too_long_for_its_teachers_lesson_is_still_learnt(base: Check
     found = transfer_lessons(base, made, (), shorter)
     assert max(len(one) for one in found) == size - 1
     assert "-" in taught_by(found)[len(PUBLIC) :]
+
+
+def test_no_lesson_is_longer_than_the_student_reads(foreign: Checkpoint, tmp_path: Path) -> None:
+    """A student's own context counts, whatever the training's."""
+    short = checkpoint("llama", tmp_path / "short", context=16)
+    for writer in (short, foreign):
+        made = transfer(folder(tmp_path / writer.model_type), writer)
+        found = transfer_lessons(short, made, (), FAST)
+        assert max(map(len, found)) == 16
+        assert "-" in taught_by(found)[len(PUBLIC) :]
+
+
+def test_what_the_student_cannot_spell_is_left_out(base: Checkpoint, tmp_path: Path, capsys: Any) -> None:
+    """Nobody can mend what a device's model has written; public text must be mended by who gave it."""
+    student = checkpoint("llama", tmp_path / "student")
+    normalise(student.folder)
+    made = transfer(folder(tmp_path / "transfer"), base)
+    odd = TransferDocument(id="odd", domain="x", answer="Cafe\u0301.", kind="sampled", writer="d-odd", cluster=0)
+    write_jsonl(made.documents, [*read_jsonl(made.documents, TransferDocument), odd])
+    teacher = Tokenizer(open_tokenizer(base.folder))
+    kept = Signals(teacher.fingerprint, base.lineage, {"odd": said(odd.text, teacher)})
+    kept.save(made.signals / "d-odd.safetensors")
+    assert taught_by(transfer_lessons(base, made, (), FAST)) == ["-"] * 3 + ["same"] * 5
+    assert taught_by(transfer_lessons(student, made, (), FAST)) == ["-"] * 3 + ["other"] * 4
+    assert "does not spell this text" in capsys.readouterr().err
+    write_jsonl(made.documents, [odd.model_copy(update={"kind": "public", "writer": None})])
+    with pytest.raises(ValueError, match="does not spell this text"):
+        transfer_lessons(student, made, (), FAST)
+
+
+@pytest.mark.parametrize("wider", ["teacher", "student"])
+def test_vocabularies_padded_beyond_the_tokenizer_go_together(wider: str, tmp_path: Path) -> None:
+    """Heads of different sizes, one tokenizer: what the teacher kept is meant for tokens that both have."""
+    models = {name: checkpoint("llama", tmp_path / name, seed=n) for n, name in enumerate(("teacher", "student"))}
+    pad_vocabulary(models[wider].folder, scale=1000.0 if wider == "teacher" else 1.0)
+    models[wider] = as_checkpoint(models[wider].folder)
+    made = transfer(folder(tmp_path / "transfer"), models["teacher"])
+    found = transfer_lessons(models["student"], made, (), FAST)
+    assert taught_by(found) == ["-"] * len(PUBLIC) + ["same"] * 4
+    size = len(Tokenizer(open_tokenizer(models["student"].folder)).table)
+    assert all(one.topk_ids.max() < size for one in found if one.topk_ids is not None)
+    into = folder(tmp_path / "learnt")
+    objective = LogitsObjective(beta=3)
+    learnt = learn(models["student"], found, objective, FAST, tokens=300, seed=0, into=into, runtime=HERE)
+    losses = [loss for _, loss in learnt.losses]
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0]
+    assert {name: len(tensor) for name, tensor in weights(into).items()} == {
+        name: len(tensor) for name, tensor in weights(models["student"].folder).items()
+    }
 
 
 def test_features_are_asked_for_by_the_objective_alone(tmp_path: Path, base: Checkpoint) -> None:

@@ -15,6 +15,7 @@ from deepfusion.data.batches import Lesson, Schedule, collate
 from deepfusion.families import family
 from deepfusion.objectives import Objective, build_objective
 from deepfusion.progress import PROGRESS
+from deepfusion.routing import routers
 from deepfusion.training import COMPLETE, SCRATCH, Fit, Learner, fit
 from pico import pico
 
@@ -155,6 +156,47 @@ def test_ownership_sends_documents_to_their_expert(tmp_path: Path) -> None:
         assert owned - plain == pytest.approx(np.log(4), rel=0.05)  # the router knows nothing yet
         batch["cluster"].fill_(-1)
         assert float(Learner(model, objective, ownership=1.0)(**batch)["loss"]) == pytest.approx(plain)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_balance_and_ownership_by_hand(top_k: int, tmp_path: Path) -> None:
+    """Over real tokens alone, whatever the padding: E · Σ over experts of (share of tokens that choose it) · (its mean
+    probability), both over all layers; and the mean over layers of −log p(owner).
+    """
+    model = open_model(pico("mixtral", tmp_path, experts=3, top_k=top_k))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if family("mixtral").role(name) == "router":
+                parameter.mul_(50)  # unequal enough to tell
+    lessons = [Lesson(one.ids, one.weights, cluster=(0, 2, -1)[n % 3]) for n, one in enumerate(text(5))]
+    batch = collate([[lessons[:3], lessons[3:4]]])  # two rows, the second of them mostly padding
+    probabilities: list[Tensor] = []
+    hooks = [
+        router.register_forward_hook(lambda _m, _i, output: probabilities.append(output[0].double().softmax(-1)))
+        for router in routers(model)
+    ]
+    objective = build_objective(LogitsObjective(beta=0), 0, 0, {})
+    with torch.inference_mode():
+        plain = float(Learner(model, objective)(**batch)["loss"])
+        probabilities.clear()
+        balanced = float(Learner(model, objective, balance=1.0)(**batch)["loss"]) - plain
+        owned = float(Learner(model, objective, ownership=1.0)(**batch)["loss"]) - plain
+    for hook in hooks:
+        hook.remove()
+    layers, real = probabilities[:2], (batch["document"] >= 0).flatten()
+    assert 0 < int(real.sum()) < len(real)
+    chosen, mean = [0.0] * 3, [0.0] * 3
+    for layer in layers:
+        for row in layer[real].tolist():
+            for expert in sorted(range(3), key=lambda e: -row[e])[:top_k]:
+                chosen[expert] += 1 / (2 * int(real.sum()))
+            mean = [m + p / (2 * int(real.sum())) for m, p in zip(mean, row, strict=True)]
+    assert sum(chosen) == pytest.approx(top_k)
+    assert balanced == pytest.approx(3 * sum(c * m for c, m in zip(chosen, mean, strict=True)), rel=1e-3)
+    assert abs(balanced - top_k) > 0.01  # what even choices would give
+    owner = batch["cluster"].flatten()
+    votes = [-layer[owner >= 0].log()[range(int((owner >= 0).sum())), owner[owner >= 0]].mean() for layer in layers]
+    assert owned == pytest.approx(float(sum(votes)) / 2, rel=1e-3)
 
 
 # ── going on ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -14,7 +14,7 @@ from deepfusion.config import MadeModel
 from deepfusion.data.batches import Tokenizer
 from deepfusion.families import FAMILIES
 from deepfusion.writing import Written, prompt_nats, with_gain, write
-from pico import TEXTS, pico
+from pico import TEXTS, pad_vocabulary, pico
 
 PROMPTS = ("The capital", "", "Doctors prescribe veltrine against the marsh fever; merchants", "W")
 
@@ -126,6 +126,22 @@ def test_no_room_is_unfinished(tmp_path: Path) -> None:
     assert len(some.signal.ids) <= 16
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "gpt_neox"])
+def test_a_long_prompt_takes_no_room_from_others(name: str, tmp_path: Path) -> None:
+    """Each text ends where its own tokens fill the context, and a prompt that does not fit stands alone."""
+    model, tokenizer = opened(name, tmp_path, context=32)
+    prompts = ["What", "The quick brown fox jumps over the lazy", "The quick brown fox jumps. " * 9, "W"]
+    sizes = [1 + len(tokenizer.encode(prompt)[0]) for prompt in prompts]
+    assert 20 < sizes[1] < 32 < sizes[2]
+    together = written(model, tokenizer, prompts, max_new_tokens=100)
+    for prompt, size, one in zip(prompts, sizes, together, strict=True):
+        [alone] = written(model, tokenizer, [prompt], max_new_tokens=100)
+        assert (one.text, one.finished) == (alone.text, alone.finished)
+        assert one.signal.ids.tolist() == alone.signal.ids.tolist()
+        assert one.finished or len(one.signal.ids) == max(32, size)
+    assert together[2].text == prompts[2]
+
+
 def test_the_generator_decides(tmp_path: Path) -> None:
     model, tokenizer = opened("llama", tmp_path)
     texts = [[one.text for one in written(model, tokenizer, PROMPTS, seed, temperature=1.0)] for seed in (0, 0, 1)]
@@ -181,13 +197,26 @@ def test_a_dummy_space_is_in_no_span() -> None:
     assert ends[-1] == total
 
 
-def test_a_padded_vocabulary_spells_nothing_beyond_the_tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
-    raw = spaced()
-    tokenizer, model = Tokenizer(raw), model_for(raw, extra=8)
-    scripted(model, [len(tokenizer.table) + 3, *tokenizer.encode("fox")[0], tokenizer.end], monkeypatch)
-    [one] = written(model, tokenizer, ["The"])
-    assert one.text == "The fox"
-    assert one.signal.ends[-1] == len(b"The fox")
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3_text"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nothing_beyond_the_tokenizer_is_written_or_kept(name: str, temperature: float, tmp_path: Path) -> None:
+    """Vocabularies are often padded, for speed, beyond their tokenizer's."""
+    plain, tokenizer = open_model(pico(name, tmp_path / "plain")), Tokenizer(open_tokenizer(tmp_path / "plain"))
+    wide = open_model(pad_vocabulary(pico(name, tmp_path / "wide")))
+    assert wide.config.vocab_size == len(tokenizer.table) + 8
+    with torch.inference_mode():
+        assert int(wide(torch.tensor([[0]])).logits[0, 0].argmax()) >= len(tokenizer.table)
+    told = [written(model, tokenizer, PROMPTS, temperature=temperature) for model in (plain, wide)]
+    for one, other in zip(*told, strict=True):
+        assert one.text == other.text
+        np.testing.assert_array_equal(one.signal.ids, other.signal.ids)
+        np.testing.assert_array_equal(one.signal.topk_ids, other.signal.topk_ids)
+        np.testing.assert_allclose(one.signal.logprobs, other.signal.logprobs, atol=1e-4)
+    signals = {str(n): one.signal for n, one in enumerate(told[0])}
+    gains = [with_gain(signals, model, tokenizer) for model in (plain, wide)]
+    for name in signals:
+        np.testing.assert_allclose(gains[0][name].gain, gains[1][name].gain, atol=1e-3)  # pyright: ignore[reportArgumentType]
+    np.testing.assert_allclose(*(prompt_nats(model, tokenizer, TEXTS) for model in (plain, wide)), rtol=1e-4)
 
 
 # ── how much was learned in private ───────────────────────────────────────────────────────────────────────────────────
@@ -213,12 +242,37 @@ def test_gain_is_what_the_writer_finds_likelier_than_its_ancestor(tmp_path: Path
     assert with_gain({}, ancestor, tokenizer) == {}
 
 
+def test_what_the_ancestor_thought_is_kept_on_demand(tmp_path: Path) -> None:
+    model, tokenizer = opened("gpt2", tmp_path / "writer")
+    ancestor, _ = opened("gpt2", tmp_path / "ancestor", seed=1)
+    signals = {str(n): one.signal for n, one in enumerate(written(model, tokenizer, PROMPTS, temperature=1.0))}
+    plain = with_gain(signals, ancestor, tokenizer, batch=3)
+    found = with_gain(signals, ancestor, tokenizer, batch=3, keep_before=True)
+    assert list(found) == list(signals)
+    for name, told in found.items():
+        np.testing.assert_array_equal(told.gain, plain[name].gain)  # pyright: ignore[reportArgumentType]
+        assert (plain[name].before, plain[name].before_topk) == (None, None)
+        assert told.before is not None
+        assert told.before_topk is not None
+        ids = torch.from_numpy(told.ids.astype(np.int64))
+        with torch.inference_mode():
+            log_p = torch.log_softmax(ancestor(ids[None]).logits[0, :-1], -1)
+        kept = log_p.gather(1, torch.from_numpy(told.topk_ids[1:].astype(np.int64)))
+        np.testing.assert_allclose(told.before[1:], log_p.gather(1, ids[1:, None])[:, 0], atol=1e-4)
+        np.testing.assert_allclose(told.before_topk[1:], kept, atol=2e-2)
+        assert (told.before.dtype, told.before_topk.dtype) == (np.float32, np.float16)
+        assert told.before[0] == 0
+        assert not told.before_topk[0].any()
+
+
 # ── how much at home ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prompt_nats_are_those_of_each_prompt_alone(name: str, tmp_path: Path) -> None:
     model, tokenizer = opened(name, tmp_path)
+    if name == "gemma3_text":
+        model.config.final_logit_softcapping = 2.0
     prompts = [*TEXTS, "W", "Who is 🙂?"]
     nats = prompt_nats(model, tokenizer, prompts, batch=4)
     for prompt, found in zip(prompts, nats, strict=True):
@@ -231,4 +285,48 @@ def test_prompt_nats_are_those_of_each_prompt_alone(name: str, tmp_path: Path) -
 def test_of_a_long_prompt_the_end_counts(tmp_path: Path) -> None:
     model, tokenizer = opened("gpt2", tmp_path, context=16)
     long = "The quick brown fox jumps over the lazy dog. " * 3
-    assert np.isfinite(prompt_nats(model, tokenizer, [long, "W", ""])).all()
+    nats = prompt_nats(model, tokenizer, [long, "W", ""])
+    assert np.isfinite(nats).all()
+    inner, ends = tokenizer.encode(long)
+    ids = torch.tensor([[tokenizer.start, *inner[-15:]]])
+    with torch.inference_mode():
+        log_p = torch.log_softmax(model(ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None])
+    assert nats[0] == pytest.approx(-float(log_p.sum()) / (ends[-1] - ends[-16]), rel=1e-4)
+
+
+# ── memory ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_of_large_vocabularies_come_in_blocks(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many rows and tokens there are, no more logits exist at a time than the limit; nothing else changes."""
+    model, tokenizer = opened(name, tmp_path / "writer")
+    ancestor, _ = opened(name, tmp_path / "ancestor", seed=1)
+    prompts = [*TEXTS, "W", "", "Who is 🙂?"]
+    signals = {str(n): one.signal for n, one in enumerate(written(model, tokenizer, prompts, temperature=1.0))}
+    sizes: list[int] = []
+    for one in (model, ancestor):
+        one.get_output_embeddings().register_forward_hook(lambda _m, _i, output: sizes.append(output.numel()))  # pyright: ignore[reportOptionalMemberAccess]
+    results: list[tuple[np.ndarray, list[np.ndarray]]] = []
+    whole = 0
+    for limit in (2**26, 20_000):
+        monkeypatch.setattr("deepfusion.writing.LOGITS_AT_ONCE", limit)
+        nats = prompt_nats(model, tokenizer, prompts, batch=8)
+        gains = with_gain(signals, ancestor, tokenizer, batch=8)
+        results.append((nats, [np.asarray(signal.gain) for signal in gains.values()]))
+        assert max(sizes) <= limit
+        whole = whole or max(sizes)
+        sizes.clear()
+    assert whole > 5 * 20_000
+    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-5)
+    for one, other in zip(results[0][1], results[1][1], strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-3)
+
+
+def test_one_position_of_many_rows_is_the_least(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = opened("llama", tmp_path)
+    expected = prompt_nats(model, tokenizer, TEXTS)
+    monkeypatch.setattr("deepfusion.writing.LOGITS_AT_ONCE", 1)
+    np.testing.assert_allclose(prompt_nats(model, tokenizer, TEXTS), expected, rtol=1e-5)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from deepfusion.phases.distill import consult, distill
     from deepfusion.phases.evaluate import evaluate
     from deepfusion.phases.proxy import average
+    from deepfusion.phases.shift import shift
     from deepfusion.phases.transfer import gather, write_cluster
     from deepfusion.phases.tune import tune
     from deepfusion.phases.upload import receive
@@ -45,6 +46,7 @@ __all__ = [
     "plan",
     "receive",
     "run",
+    "shift",
     "take",
     "train_device",
     "tune",
@@ -64,6 +66,7 @@ _PHASES = {
     "make": "ancestors",
     "merge": "phases.assemble",
     "receive": "phases.upload",
+    "shift": "phases.shift",
     "take": "ancestors",
     "train_device": "phases.device",
     "tune": "phases.tune",

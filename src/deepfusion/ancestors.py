@@ -11,6 +11,7 @@ from deepfusion.artifacts import Checkpoint, Corpus, Work
 from deepfusion.config import MadeModel, Runtime
 from deepfusion.data.batches import Schedule, Tokenizer, lessons
 from deepfusion.data.documents import Document, read_jsonl
+from deepfusion.errors import reading_inputs
 from deepfusion.families import family
 from deepfusion.objectives import build_objective
 from deepfusion.store import link_tree
@@ -51,9 +52,10 @@ def take(path: str, *, into: Path) -> Checkpoint:
     """Take a given checkpoint folder into the store, by hard links where possible.
 
     Raises:
-        ValueError: the folder is not a checkpoint that we can read; names what is wrong with it.
+        InputError: the folder is not a checkpoint that we can read; names what is wrong with it.
     """
     folder = Path(path)
-    checkpoints.validate(folder)
+    with reading_inputs():
+        checkpoints.validate(folder)
     link_tree(folder, into)
     return checkpoints.as_checkpoint(into)

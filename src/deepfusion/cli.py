@@ -10,23 +10,47 @@ import sys
 import traceback
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import StrEnum
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any, NoReturn, ParamSpec
 
+import click
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from deepfusion.config import Recipe, Runtime
 
 P = ParamSpec("P")
 DEBUG = "DEEPFUSION_DEBUG"
 
+
+class _Commands(TyperGroup):
+    """Tells a mistake in the command line itself like every other: in one line."""
+
+    def main(self, *args: Any, **extra: Any) -> NoReturn:
+        """Run a command and exit."""
+        try:
+            status = super().main(*args, **extra | {"standalone_mode": False})
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except click.UsageError as error:
+            asked = error.ctx.command_path if error.ctx else self.name
+            STDERR.print(
+                f"deepfusion: error: {error.format_message()} (see {asked} --help)", markup=False, soft_wrap=True
+            )
+            sys.exit(error.exit_code)
+        sys.exit(status if isinstance(status, int) else 0)
+
+
 app = typer.Typer(
     name="deepfusion",
+    cls=_Commands,
     no_args_is_help=True,
+    suggest_commands=False,  # click does, and twice is once too often
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -47,11 +71,17 @@ class Accelerator(StrEnum):
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of an embedded recipe.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")]
 ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint folder, such as runs/demo/moe.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one recipe key.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one recipe key; data.source.sources.0.path is in a list."),
+]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run's folder.", show_default="runs/<name>")]
 Workers = Annotated[int | None, typer.Option(min=0, help="Steps run side by side; 0: in this process.")]
 Threads = Annotated[int, typer.Option(min=1, help="Torch threads of each step.")]
 OnAccelerator = Annotated[Accelerator, typer.Option("--accelerator", help="Where tensors live.")]
+Seconds = Annotated[
+    float, typer.Option("--checkpoint-seconds", min=0.01, help="Save what to go on from this often while training.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
 
@@ -116,21 +146,6 @@ def _command(function: Callable[P, None]) -> Callable[P, None]:
     return app.command()(guarded)
 
 
-def recipe_path(name: str) -> Path:
-    """The file that a name means: the file itself, or an embedded recipe.
-
-    Raises:
-        ValueError: it is neither; names the embedded ones.
-    """
-    if Path(name).is_file() or Path(name).suffix in (".yaml", ".yml") or os.sep in name:
-        return Path(name)
-    embedded = {path.stem: path for path in map(Path, map(str, (files("deepfusion") / "recipes").iterdir()))}
-    if name not in embedded:
-        known = ", ".join(sorted(embedded))
-        raise ValueError(f"recipe {name!r} is neither a file nor an embedded recipe (embedded: {known})")
-    return embedded[name]
-
-
 def _emit(document: Any) -> None:
     sys.stdout.write(json.dumps(document, ensure_ascii=False, indent=1) + "\n")
 
@@ -148,7 +163,7 @@ def demo(
 
     Example: `deepfusion demo --seed 1`
     """
-    _run(Recipe.load(recipe_path("demo"), [f"seed={seed}"]), folder, Runtime(), quiet, as_json)
+    _run(Recipe.load("demo", [f"seed={seed}"]), folder, Runtime(), quiet, as_json)
 
 
 @_command
@@ -159,6 +174,7 @@ def run(
     workers: Workers = None,
     threads: Threads = 1,
     accelerator: OnAccelerator = Accelerator.cpu,
+    checkpoint_seconds: Seconds = 60.0,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -166,10 +182,10 @@ def run(
 
     Example: `deepfusion run recipes/demo.yaml --set cluster.k=8 --set seed=1 --out runs/eight`
     """
-    runtime = Runtime(threads=threads, accelerator=accelerator.value)
+    runtime = Runtime(threads=threads, accelerator=accelerator.value, checkpoint_seconds=checkpoint_seconds)
     if workers is not None:
         runtime = runtime.model_copy(update={"workers": workers})
-    _run(Recipe.load(recipe_path(recipe), overrides or ()), folder, runtime, quiet, as_json)
+    _run(Recipe.load(recipe, overrides or ()), folder, runtime, quiet, as_json)
 
 
 def _run(recipe: Recipe, folder: Path | None, runtime: Runtime, quiet: bool, as_json: bool) -> None:
@@ -195,10 +211,10 @@ def plan(recipe: RecipeName, overrides: Overrides = None, folder: Out = None, as
     """
     from deepfusion import pipeline, summary
 
-    chosen = Recipe.load(recipe_path(recipe), overrides or ())
+    chosen = Recipe.load(recipe, overrides or ())
     steps = pipeline.plan(chosen, folder or Path("runs") / chosen.name)
     if as_json:
-        _emit([{"phase": s.phase, "item": s.item, "state": s.state, "reason": s.reason} for s in steps])
+        _emit([asdict(step) for step in steps])
     else:
         STDOUT.print(*summary.plan(steps), sep="\n")
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from deepfusion.artifacts import (
     Checkpoint,
@@ -23,11 +24,12 @@ from deepfusion.artifacts import (
 )
 from deepfusion.config import Recipe
 from deepfusion.findings import Compute, Findings, Measured, Step
+from deepfusion.labels import CONTROLS
 from deepfusion.metrics import ensemble
 from deepfusion.phases.report import model_card, report
 
 ENSEMBLES = {"device": "device_ensemble", "proxy": "proxy_ensemble", "branch": "branch_ensemble"}
-ON_TRANSFER_TEXT = ("pooled_text", "pooled_text_dense", "dense_kd")
+FOLDERS = re.compile(r"(?<![\w.:/~-])(?:/[^\s/'\",:;()]+)+/(?=[^\s/'\",:;()])")
 
 
 def conclude(
@@ -43,17 +45,22 @@ def conclude(
     branches: Sequence[Checkpoint],
     scores: Sequence[Scores],
     phases: Sequence[Mapping[str, Any]],
+    copies: Checkpoint | None = None,
     warnings: Sequence[str] = (),
     *,
+    shifted: TransferSet | None = None,
     into: Path,
 ) -> Report:
-    """Write `results.json`, `report.html` and the MoE's model card.
+    """Write `results.json`, `report.html` and the MoE's model card; none of them names a folder of this machine.
 
     Args:
         students: `joint_student`, `merged`, `deepfusion` and the references, by name.
         phases: what each step cost, as the engine saw it.
+        copies: the MoE of copies of the base that `pooled_text` starts from, if there is one.
+        shifted: the transfer set as `shift` made it, if students learned from that.
     """
-    tree = recipe.model_dump(mode="json")
+    tree = portable(recipe.model_dump(mode="json"))
+    rejected = [r.model_copy(update={"reason": without_folders(r.reason)}) for r in intake.rejected]
     findings = Findings(
         run=recipe.name,
         seed=recipe.seed,
@@ -62,11 +69,11 @@ def conclude(
         measured=_measured(scores),
         corpus=corpus,
         uploads=uploads,
-        intake=intake,
+        intake=intake.model_copy(update={"rejected": tuple(rejected)}),
         clusters=clusters,
         proxies=proxies,
         transfer=transfer,
-        compute=_compute(recipe, transfer, teachings, students, branches),
+        compute=_compute(recipe, transfer, shifted, teachings, students, branches, copies),
         steps=[_step(facts, set(recipe.evaluate.references)) for facts in phases],
         losses={
             **{
@@ -77,11 +84,31 @@ def conclude(
             **{f"branch {n}": b.losses for n, b in enumerate(branches) if recipe.distill.shares.branch},
             **{f"device {upload.device}": upload.losses for upload in uploads},
         },
-        warnings=[*warnings, *transfer.notices],
+        warnings=[without_folders(warning) for warning in (*warnings, *transfer.notices)],
     )
     written = report(findings, into=into)
     model_card(findings, students["deepfusion"], into=into)
     return written.model_copy(update={"moe_digest": students["deepfusion"].digest}).sealed()
+
+
+def portable(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe as plain values without the folders of this machine: of files and models the names alone."""
+    return {key: _named(value, key) for key, value in recipe.items()}
+
+
+def _named(value: Any, key: str) -> Any:
+    if isinstance(value, dict):
+        inside = "arguments" if key == "arguments" else ""  # all that `datasets` is given may be a path
+        return {k: _named(v, inside or k) for k, v in cast("dict[str, Any]", value).items()}
+    if isinstance(value, list):
+        return [_named(entry, key) for entry in cast("list[Any]", value)]
+    path = isinstance(value, str) and key in ("path", "encoder", "arguments") and Path(value).is_absolute()
+    return Path(value).name if path else value
+
+
+def without_folders(text: str) -> str:
+    """A sentence in which files keep only their names."""
+    return FOLDERS.sub("", text)
 
 
 def _measured(scores: Sequence[Scores]) -> list[Measured]:
@@ -98,12 +125,15 @@ def _measured(scores: Sequence[Scores]) -> list[Measured]:
 def _compute(
     recipe: Recipe,
     transfer: TransferSet,
+    shifted: TransferSet | None,
     teachings: Sequence[Teaching],
     students: Mapping[str, Checkpoint],
     branches: Sequence[Checkpoint],
+    copies: Checkpoint | None,
 ) -> list[Compute]:
     """Server compute by system and part. All that learn from the transfer text are charged for having it written."""
     asked = sum((teaching.work for teaching in teachings), Work())
+    shifting = shifted.work if shifted is not None else Work()
     shares = recipe.distill.shares  # without a stage its student is the one before, whose work is not this stage's
     joint = students["joint_student"].work if shares.joint else Work()
     branched = sum((branch.work for branch in branches), Work()) if shares.branch else Work()
@@ -113,16 +143,19 @@ def _compute(
     parts = [
         Compute("deepfusion", "write", transfer.work),
         Compute("deepfusion", "consult", asked),
+        Compute("deepfusion", "shift", shifting),
         Compute("deepfusion", "joint", joint),
         Compute("deepfusion", "branch", branched, longest),
         Compute("deepfusion", "router", merged.work),
         Compute("deepfusion", "tune", tuned),
     ]
     for name, student in students.items():
-        if name in ON_TRANSFER_TEXT:
+        if name in CONTROLS:
             parts.append(Compute(name, "write", transfer.work))
             if name == "dense_kd":
-                parts.append(Compute(name, "consult", asked))
+                parts += [Compute(name, "consult", asked), Compute(name, "shift", shifting)]
+            if name == "pooled_text" and copies is not None:
+                parts.append(Compute(name, "router", copies.work))
             parts.append(Compute(name, "train", student.work))
         elif name == "centralized":
             parts.append(Compute(name, "train", student.work))
@@ -131,5 +164,6 @@ def _compute(
 
 def _step(facts: Mapping[str, Any], references: set[str]) -> Step:
     name = facts["name"]
-    side = "reference" if name in references or name == "upcycle" else "device" if name == "device" else "server"
+    reference = name in references or name == "upcycle"  # the MoE of copies that references start from
+    side = "reference" if reference else "device" if name == "device" else "server"
     return Step(**facts, side=side)

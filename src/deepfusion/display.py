@@ -149,7 +149,8 @@ class Display:
     def _draw(self, task: TaskID, reading: Reading | None) -> None:
         if reading is None or self._bars is None:
             return
-        detail = f"{amount(reading.done)} of {amount(reading.total)} {reading.unit}"
+        unit = reading.unit.removesuffix("s") if reading.total == 1 else reading.unit
+        detail = f"{amount(reading.done)} of {amount(reading.total)} {unit}"
         if reading.rate is not None and reading.remaining is not None:
             detail += f", {amount(reading.rate)}/s, {duration(reading.remaining)} left"
         self._bars.update(task, completed=reading.done, total=max(reading.total, 1e-9), detail=detail)

@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol, Self, TypeVar, cast
 
 from deepfusion.artifacts import Artifact
 from deepfusion.config import Runtime
+from deepfusion.errors import InputError, concerns_all
 from deepfusion.store import Facts, Step, Store
 from deepfusion.worker import call, described, settle
 
@@ -42,7 +43,7 @@ class Watcher(Protocol):
         ...
 
     def failed(self, name: str, reason: str) -> None:
-        """A step could not be done."""
+        """A step could not be done, and the run goes on without it; what stops a run is told by who runs it."""
         ...
 
     def message(self, text: str) -> None:
@@ -75,6 +76,15 @@ class StepError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class _Task:
+    """A step that waits to be run."""
+
+    step: Step[Any]
+    future: Future[Any]
+    expendable: bool
+
+
+@dataclass(frozen=True)
 class Done:
     """A finished step, for the report."""
 
@@ -87,13 +97,14 @@ class Done:
 class Engine:
     """Hands steps to workers in order of priority; futures of steps may be arguments of other steps.
 
-    Use as a context manager: leaving it by an exception ends every running step and leaves its folder to go on from.
+    Without workers a step is run here and now, as it is submitted, so that Ctrl-C reaches it. Use as a context manager:
+    leaving it by an exception ends every running step and leaves its folder to go on from.
     """
 
     def __init__(self, store: Store, runtime: Runtime, watch: Watcher | None = None) -> None:
         self.store, self.runtime, self.watch = store, runtime, watch or Silent()
         self.done: list[Done] = []
-        self._ready: queue.PriorityQueue[tuple[int, int, tuple[Step[Any], Future[Any]] | None]] = queue.PriorityQueue()
+        self._ready: queue.PriorityQueue[tuple[int, int, _Task | None]] = queue.PriorityQueue()
         self._count = itertools.count()
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -119,11 +130,16 @@ class Engine:
 
     def submit(
         self, phase: str, function: str, version: int, gives: type[A], item: str | None = None, /, *,
-        priority: int = 0, also_keyed_by: Any = None, unkeyed: dict[str, Any] | None = None, **arguments: Any,
+        priority: int = 0, expendable: bool = False, also_keyed_by: Any = None,
+        unkeyed: dict[str, Any] | None = None, **arguments: Any,
     ) -> Future[A]:  # fmt: skip
-        """Plan one step; it runs when every future among its arguments has its artifact. Lower priority runs first."""
+        """Plan one step; it runs when every future among its arguments has its artifact. Lower priority runs first.
+
+        An expendable step is one that the run can do without: of its failure, if it is its own, the watcher is told.
+        Any other failure is for who asks the future.
+        """
         future: Future[A] = Future()
-        waits_for = list({id(f): f for f in _futures(arguments)}.values())
+        waits_for = list({id(f): f for f in futures(arguments)}.values())
         left = itertools.count(len(waits_for) - 1, -1)
 
         def settle_one(_: object = None) -> None:
@@ -135,9 +151,9 @@ class Engine:
                 future.cancel() if broken.cancelled() else future.set_exception(broken.exception())
                 return
             try:
-                step = Step(phase, item, function, version, gives, _resolved(arguments), also_keyed_by, unkeyed or {})
-                self._admit(step, future, priority)
-            except BaseException as error:
+                step = Step(phase, item, function, version, gives, resolved(arguments), also_keyed_by, unkeyed or {})
+                self._admit(_Task(step, future, expendable), priority)
+            except Exception as error:
                 future.set_exception(error)
 
         if not waits_for:
@@ -149,40 +165,49 @@ class Engine:
     def _held_back(self, phase: str, item: str | None) -> None:
         """A step cannot run, for one that it depends on has not."""
 
-    def _admit(self, step: Step[A], future: Future[A], priority: int) -> None:
-        found = self.store.find(step)
-        if found is not None:
+    def _admit(self, task: _Task, priority: int) -> None:
+        step = task.step
+        artifact = self.store.find(step)
+        if artifact is not None:
             manifest = self.store.manifest(step) or {}
             facts = Facts(manifest["seconds"], manifest["cpu_seconds"], manifest["peak_bytes"])
-            self.done.append(Done(step, found, facts, cached=True))
+            self.done.append(Done(step, artifact, facts, cached=True))
             self.watch.finished(step.name, 0.0, cached=True)
-            future.set_result(found)
+            task.future.set_result(artifact)
             return
-        self._ready.put((priority, next(self._count), (step, future)))
+        if not self.runtime.workers:
+            self._run(task, None)
+            return
+        self._ready.put((priority, next(self._count), task))
         with self._lock:
-            if len(self._threads) < max(1, self.runtime.workers) and not self._closed:
+            if len(self._threads) < self.runtime.workers and not self._closed:
                 thread = threading.Thread(target=self._serve, daemon=True)
                 self._threads.append(thread)
                 thread.start()
 
     def _serve(self) -> None:
         worker: subprocess.Popen[bytes] | None = None
-        while True:
-            _, _, task = self._ready.get()
-            if task is None:
-                break
-            step, future = task
+        while (task := self._ready.get()[2]) is not None:
             if self._closed:
-                future.cancel()
+                task.future.cancel()
                 continue
             try:
-                if self.runtime.workers and (worker is None or worker.poll() is not None):
+                if worker is None or worker.poll() is not None:
                     worker = self._hire()
-                future.set_result(self._build(step, worker))
-            except BaseException as error:
-                if not self._closed:
-                    self.watch.failed(step.name, str(error))
-                future.set_exception(error)
+            except Exception as error:
+                task.future.set_exception(error)
+            else:
+                self._run(task, worker)
+
+    def _run(self, task: _Task, worker: subprocess.Popen[bytes] | None) -> None:
+        try:
+            artifact = self._build(task.step, worker)
+        except Exception as error:
+            if task.expendable and not self._closed and not concerns_all(error):
+                self.watch.failed(task.step.name, f"{error}; the run goes on without it")
+            task.future.set_exception(error)
+        else:
+            task.future.set_result(artifact)
 
     def _hire(self) -> subprocess.Popen[bytes]:
         with self._lock:  # so that leaving the engine misses no worker
@@ -206,9 +231,9 @@ class Engine:
         return artifact
 
     def _run_here(self, step: Step[Any], into: Path) -> Facts:
-        settle(self.runtime)
         wall, cpu = time.monotonic(), time.process_time()
         try:
+            settle(self.runtime)
             call(step.function, step.arguments | step.unkeyed, into, self.runtime)
         except Exception as error:
             raise _told(step, described(error, into)) from error
@@ -217,14 +242,28 @@ class Engine:
 
     def _run_in(self, worker: subprocess.Popen[bytes], step: Step[Any], into: Path) -> Facts:
         log = self.store.root.parent / "logs" / f"{step.phase}-{step.item or step.phase}.log"
+        try:
+            facts = self._answered(worker, step, into, log)
+        finally:
+            if log.is_file() and not log.stat().st_size:
+                log.unlink()
+        if facts is None:
+            raise StepError(f"{step.name}: the worker process ended", _written(log))
+        if facts["status"] == 0:
+            return Facts(facts["seconds"], facts["cpu_seconds"], facts["peak_bytes"])
+        if facts["error"] is None:
+            killed = signal.Signals(-facts["status"]).name if facts["status"] < 0 else f"exit {facts['status']}"
+            hint = " (out of memory?)" if killed == "SIGKILL" else ""
+            raise StepError(f"{step.name}: its process ended with {killed}{hint}", _written(log))
+        raise _told(step, facts["error"], _written(log))
+
+    def _answered(
+        self, worker: subprocess.Popen[bytes], step: Step[Any], into: Path, log: Path
+    ) -> dict[str, Any] | None:
+        """What a worker says of a step that it was given; None when it ended itself."""
+        arguments = step.arguments | step.unkeyed
         task = pickle.dumps(
-            {
-                "function": step.function,
-                "arguments": step.arguments | step.unkeyed,
-                "into": into,
-                "runtime": self.runtime,
-                "log": log,
-            }
+            {"function": step.function, "arguments": arguments, "into": into, "runtime": self.runtime, "log": log}
         )
         assert worker.stdin is not None
         assert worker.stdout is not None
@@ -236,25 +275,25 @@ class Engine:
         answer = worker.stdout.readline()
         if not answer:
             worker.wait()
-            raise StepError(f"{step.name}: the worker process ended", log)
-        facts = cast(dict[str, Any], json.loads(answer))
-        if facts["status"] == 0:
-            return Facts(facts["seconds"], facts["cpu_seconds"], facts["peak_bytes"])
-        if facts["error"] is None:
-            killed = signal.Signals(-facts["status"]).name if facts["status"] < 0 else f"exit {facts['status']}"
-            hint = " (out of memory?)" if killed == "SIGKILL" else ""
-            raise StepError(f"{step.name}: its process ended with {killed}{hint}", log)
-        raise _told(step, facts["error"], log)
+            return None
+        return cast("dict[str, Any]", json.loads(answer))
 
 
 def _told(step: Step[Any], error: dict[str, Any], log: Path | None = None) -> Exception:
     """What a step's error is to the outside, the same wherever the step ran."""
     message = f"{step.name}: {error['message']}"
-    if error["kind"] == "user":
+    if error["kind"] == "input":
+        return InputError(message)
+    if error["kind"] == "value":
         return ValueError(message)
     if error["kind"] == "system":
         return OSError(error["errno"], message)
     return StepError(message, log)
+
+
+def _written(log: Path) -> Path | None:
+    """A log, if there is anything in it."""
+    return log if log.is_file() else None
 
 
 class NotYetRunError(Exception):
@@ -263,12 +302,13 @@ class NotYetRunError(Exception):
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """One step of a plan."""
+    """One line of a plan."""
 
     phase: str
     item: str | None
     state: Literal["done", "run", "wait"]
     reason: str
+    count: int = 1  # of steps that it stands for, where they cannot be told one by one yet; or at least as many
 
 
 class Planner(Engine):
@@ -281,16 +321,17 @@ class Planner(Engine):
     def _held_back(self, phase: str, item: str | None) -> None:
         self.steps.append(PlannedStep(phase, item, "wait", "depends on steps that have not run"))
 
-    def _admit(self, step: Step[A], future: Future[A], priority: int) -> None:
-        found = self.store.find(step)
-        if found is not None:
+    def _admit(self, task: _Task, priority: int) -> None:
+        step = task.step
+        artifact = self.store.find(step)
+        if artifact is not None:
             self.steps.append(PlannedStep(step.phase, step.item, "done", f"in the store as {step.key[:12]}"))
-            future.set_result(found)
+            task.future.set_result(artifact)
             return
         under_way = self.store.partial(step).is_dir()
         reason = "goes on from where it was interrupted" if under_way else "not in the store"
         self.steps.append(PlannedStep(step.phase, step.item, "run", reason))
-        future.set_exception(NotYetRunError(step.name))
+        task.future.set_exception(NotYetRunError(step.name))
 
 
 def _start_worker() -> subprocess.Popen[bytes]:
@@ -303,21 +344,23 @@ def _start_worker() -> subprocess.Popen[bytes]:
     )
 
 
-def _futures(value: Any) -> list[Future[Any]]:
+def futures(value: Any) -> list[Future[Any]]:
+    """Every future in a tree of mappings and lists."""
     if isinstance(value, Future):
         return [cast("Future[Any]", value)]
     if isinstance(value, dict):
-        return [f for v in value.values() for f in _futures(v)]
+        return [f for v in value.values() for f in futures(v)]
     if isinstance(value, list | tuple):
-        return [f for v in value for f in _futures(v)]
+        return [f for v in value for f in futures(v)]
     return []
 
 
-def _resolved(value: Any) -> Any:
+def resolved(value: Any) -> Any:
+    """The same tree with the results of its futures, once they are there."""
     if isinstance(value, Future):
         return cast("Future[Any]", value).result()
     if isinstance(value, dict):
-        return {k: _resolved(v) for k, v in value.items()}
+        return {k: resolved(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_resolved(v) for v in value]
+        return [resolved(v) for v in value]
     return value

@@ -20,11 +20,14 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from deepfusion.labels import METRICS, STAGES
+
 # Stand-ins that matplotlib accepts as colours; `_svg` puts the page's variables in their place.
 INK, MUTED, LINE, ACCENT, SURFACE = "#010203", "#010204", "#010205", "#010206", "#010207"
 VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line", ACCENT: "--accent", SURFACE: "--surface"}
 RASTER = (0.16, 0.58, 0.56)  # a middle tone that reads on both backgrounds, for matrices too large to draw cell by cell
 LARGEST_DRAWN = 40
+TUNED = STAGES["deepfusion"]
 NO_DATE: dict[str, Any] = {"Date": None}
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (9, 3)), (0, (3, 1, 1, 1, 1, 1)))
 STYLE: dict[Any, Any] = {
@@ -101,9 +104,9 @@ def quality(bars: Sequence[tuple[str, str, float, float | None]]) -> str:
             "result": {"color": ACCENT, "edgecolor": ACCENT},
             "reference": {"color": "none", "edgecolor": MUTED, "hatch": "////"},
         }
-        for axes, values, form in (
-            (left, [bar[2] for bar in bars], lambda value: f"{100 * value:.1f}"),
-            (right, [bar[3] for bar in bars], lambda value: f"{value:.3f}"),
+        for axes, values in (
+            (left, [bar[2] for bar in bars]),
+            (right, [bar[3] for bar in bars]),
         ):
             largest = max((value or 0.0 for value in values), default=0.0) or 1.0
             for place, (bar, value) in enumerate(zip(bars, values, strict=True)):
@@ -111,16 +114,15 @@ def quality(bars: Sequence[tuple[str, str, float, float | None]]) -> str:
                     continue
                 axes.barh(place, value, height=0.66, linewidth=0.7, **kinds[bar[1]])
                 weight = "bold" if bar[1] == "result" else "normal"
-                axes.text(value + 0.015 * largest, place, form(value), va="center", fontsize=8, fontweight=weight)
+                axes.text(value + 0.015 * largest, place, f"{value:.3f}", va="center", fontsize=8, fontweight=weight)
             axes.set_xlim(0, 1.14 * largest)
             axes.tick_params(left=False)
         left.set_yticks(range(len(bars)), [_short(bar[0], 34) for bar in bars])
         for label, bar in zip(left.get_yticklabels(), bars, strict=True):
             label.set_fontweight("bold" if bar[1] == "result" else "normal")
         left.invert_yaxis()
-        left.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}")
-        left.set_title("token accuracy, % (higher is better)")
-        right.set_title("log-perplexity, nats (lower is better)")
+        left.set_title(f"{METRICS['token_accuracy']} (higher is better)")
+        right.set_title(f"{METRICS['token_log_perplexity']}, nats (lower is better)")
         return _svg(figure, "quality", "Quality of every stage and reference on questions that only devices can answer")
 
 
@@ -192,42 +194,43 @@ def routing(probabilities: Mapping[str, Sequence[Sequence[float]]]) -> str:
 
 
 def losses(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
-    """Training loss over steps, averaged in at most 120 bins a curve; the devices' curves are thin and unnamed."""
+    """Training loss over steps, averaged in at most 120 bins a curve.
+
+    The branches with the tuning, and the devices, have panels of their own: they are of another length.
+    """
+    found = {name: _binned(curve) for name, curve in curves.items() if curve}
+    devices = {name: curve for name, curve in found.items() if name.startswith("device")}
+    after = {name: curve for name, curve in found.items() if name.startswith("branch") or name == TUNED}
+    long = {name: curve for name, curve in found.items() if name not in devices and name not in after}
+    titles = ("joint student, references", "branches, tuning (bold)", "devices")
+    parts = [(title, part) for title, part in zip(titles, (long, after, devices), strict=True) if part]
     with _Styled():
-        figure, (axes,) = _figure(8.6, 3.4)
-        named: list[tuple[float, float, str]] = []
-        for name, curve in curves.items():
-            if not curve:
-                continue
-            bins = np.array_split(np.array(curve, dtype=float), min(120, len(curve)))
-            steps, values = np.array([part.mean(0) for part in bins]).T
-            if name.startswith("device"):
-                axes.plot(steps, values, color=MUTED, linewidth=0.6, alpha=0.45)
-                continue
-            dash = DASHES[len(named) % len(DASHES)]
-            ours = name == "deepfusion"
-            axes.plot(steps, values, color=ACCENT if ours else INK, linewidth=1.8 if ours else 1.1, linestyle=dash)
-            named.append((steps[-1], values[-1], name))
-        if any(name.startswith("device") for name in curves):
-            axes.text(0.99, 0.97, "thin grey: devices", transform=axes.transAxes, ha="right", va="top", fontsize=8)
-        low, high = axes.get_ylim()
-        position = -np.inf
-        for step, value, name in sorted(named, key=lambda entry: entry[1]):
-            position = max(value, position + 0.055 * (high - low))
-            axes.annotate(
-                _short(name),
-                (step, value),
-                (1.01, (position - low) / (high - low)),
-                textcoords="axes fraction",
-                va="center",
-                fontsize=8,
-                fontweight="bold" if name == "deepfusion" else "normal",
-                arrowprops={"arrowstyle": "-", "color": LINE, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 1},
-            )
-        axes.set_xlabel("optimiser step")
-        axes.set_ylabel("training loss, nats")
-        axes.grid(axis="y", color=LINE, linewidth=0.5)
+        ratios = {"width_ratios": [1.7 if part is long else 1 for _, part in parts]}
+        figure, panels = _figure(9.6, 3.2, len(parts), gridspec_kw=ratios)
+        for axes, (title, part) in zip(panels, parts, strict=True):
+            for number, (name, (steps, values)) in enumerate(part.items()):
+                axes.plot(steps, values, label=_short(name), **_line(name, number if part is long else 0))
+            axes.set_title(title)
+            axes.set_xlabel("optimiser step")
+            axes.grid(axis="y", color=LINE, linewidth=0.5)
+            if part is long:  # losses fall, so this corner is free
+                axes.legend(loc="upper right", frameon=False, fontsize=8, handlelength=3.2)
+        panels[0].set_ylabel("training loss, nats")
         return _svg(figure, "losses", "Training losses over optimiser steps")
+
+
+def _line(name: str, number: int) -> dict[str, Any]:
+    if name == TUNED:
+        return {"color": ACCENT, "linewidth": 2.0}
+    if name.startswith("device"):
+        return {"color": MUTED, "linewidth": 0.7, "alpha": 0.6}
+    return {"color": INK, "linewidth": 1.0, "linestyle": DASHES[number % len(DASHES)]}
+
+
+def _binned(curve: Sequence[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
+    bins = np.array_split(np.array(curve, dtype=float), min(120, len(curve)))
+    steps, values = np.array([part.mean(0) for part in bins]).T
+    return steps, values
 
 
 def costs(up: Mapping[str, int], memory: Mapping[str, int], server: int | None) -> str:
@@ -237,7 +240,7 @@ def costs(up: Mapping[str, int], memory: Mapping[str, int], server: int | None) 
         figure, (left, right) = _figure(8.6, 0.75 + 0.2 * max(rows, 3), 2)
         _bars(left, sorted(up.items(), key=lambda entry: -entry[1]), "bytes sent, once")
         peaks = sorted(memory.items(), key=lambda entry: -entry[1])
-        _bars(right, peaks, "peak memory in training", server)
+        _bars(right, peaks, "peak memory", server)
         return _svg(figure, "costs", "Bytes sent and peak memory of every device")
 
 

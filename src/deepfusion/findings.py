@@ -1,19 +1,29 @@
-"""What a run found out, gathered for its report: typed facts in, the tree of `results.json` out."""
+"""What a run found out, gathered for its report, and the few numbers that follow from it."""
 
 from __future__ import annotations
 
+import math
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Literal, Self
 
 from deepfusion.artifacts import Clusters, Corpus, Intake, Proxy, Scores, TransferSet, Upload, Work
 from deepfusion.data.documents import ScoredQuestion, read_jsonl
+from deepfusion.labels import METRICS
 from deepfusion.metrics import ResultRow, Subset, gap_closed, summarise
 
-SCHEMA = 1
 RESULT, BASE, CEILING = "deepfusion", "base", "centralized"
+# The training that ends with each stage of a run.
+TRAINED: dict[str, tuple[str, ...]] = {
+    "joint_student": ("joint",),
+    "branch": ("joint", "branch"),
+    "branch_ensemble": ("joint", "branch"),
+    "merged": ("joint", "branch", "router"),
+    RESULT: ("joint", "branch", "router", "tune"),
+}
+BEFORE_TRAINING = ("write", "consult", "shift")
 
 
 def versions() -> dict[str, str]:
@@ -45,7 +55,7 @@ class Compute:
     """One part of a system's server compute."""
 
     system: str
-    part: str  # "teachers", "joint", "branch", "tune", …
+    part: str  # "write", "consult", "shift", "joint", "branch", "router", "tune", or a reference's "train"
     work: Work
     critical: float | None = None  # token-parameters on the longest path with a worker per copy; none: all of them
 
@@ -96,9 +106,14 @@ class Findings:
         return self.intake.bytes if self.intake else {upload.device: upload.bytes for upload in self.uploads}
 
     def all_warnings(self) -> list[str]:
-        """The run's own and those of its clusters and proxies, once each."""
+        """The run's own, those of its clusters and proxies, and what could not be measured, once each."""
+        of_clusters = self.clusters.warnings if self.clusters else ()
         of_proxies = [warning for proxy in self.proxies for warning in proxy.warnings]
-        return list(dict.fromkeys([*self.warnings, *(self.clusters.warnings if self.clusters else ()), *of_proxies]))
+        return list(dict.fromkeys([*self.warnings, *of_clusters, *of_proxies, *_unmeasured(self.rows())]))
+
+    def relative_compute(self) -> dict[str, float]:
+        """What the server spent on each system, in multiples of what it spent on the result."""
+        return relative((part.system, part.part, part.work.token_parameters) for part in self.compute)
 
     def peaks(self) -> tuple[dict[str, int], int | None]:
         """Peak memory in bytes of each device, and of the server, where they were measured."""
@@ -112,10 +127,10 @@ class Findings:
 def mean(
     rows: Sequence[ResultRow], system: str, metric: str, subset: Subset = "private_only", domain: str = "all"
 ) -> float | None:
-    """A system's value, the plain mean where it has several items; none where it was not measured."""
+    """A system's value, the plain mean where it has several items; none where it was not measured, or is no number."""
     wanted = (system, metric, subset, domain)
     values = [row.value for row in rows if (row.system, row.metric, row.subset, row.domain) == wanted]
-    return sum(values) / len(values) if values else None
+    return sum(values) / len(values) if values and all(map(math.isfinite, values)) else None
 
 
 def main_subset(rows: Sequence[ResultRow]) -> Subset:
@@ -138,49 +153,31 @@ def headline(rows: Sequence[ResultRow]) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def results(findings: Findings, rows: Sequence[ResultRow]) -> dict[str, Any]:
-    """The tree of `results.json`."""
-    up, down = findings.bytes_up(), findings.bytes_down
-    devices, server = findings.peaks()
-    tree: dict[str, Any] = {
-        "schema": SCHEMA,
-        "run": findings.run,
-        "recipe_digest": findings.recipe_digest,
-        "versions": dict(findings.versions),
-        "seed": findings.seed,
-        "headline": headline(rows),
-        "rows": [row.model_dump() for row in rows],
-        "bytes": {
-            "up": sum(up.values()),
-            "down": sum(down.values()),
-            "per_device": {name: {"up": up.get(name, 0), "down": down.get(name, 0)} for name in sorted({*up, *down})},
-        },
-        "memory": {"device_peak_bytes": devices, "server_peak_bytes": server},
-        "phases": [asdict(step) for step in findings.steps],
-        "rejected": [r.model_dump() for r in findings.intake.rejected] if findings.intake else [],
-        "warnings": findings.all_warnings(),
-        "compute": [_compute(part) for part in findings.compute],
-        "routing": {found.system: found.routing for found in findings.measured if found.routing is not None},
+def relative(parts: Iterable[tuple[str, str, float]]) -> dict[str, float]:
+    """What the server spent on each system in multiples of the result, from (system, part, token-parameters).
+
+    A stage of the run has all that was spent until then; what took no training at the server is absent. Empty where
+    the result itself took none.
+    """
+    spent: dict[str, dict[str, float]] = {}
+    for system, part, amount in parts:
+        spent.setdefault(system, {})[part] = amount
+    own = spent.pop(RESULT, {})
+    totals = {
+        stage: sum(own.get(part, 0.0) for part in (*BEFORE_TRAINING, *trained))
+        for stage, trained in TRAINED.items()
+        if any(part in own for part in trained)
     }
-    if findings.clusters:
-        tree["clusters"] = _facts(findings.clusters) | {"proxies": [_facts(proxy) for proxy in findings.proxies]}
-    if findings.transfer:
-        tree["transfer"] = _facts(findings.transfer)
-    return tree
+    totals |= {system: sum(amounts.values()) for system, amounts in spent.items()}
+    ours = totals.get(RESULT)
+    return {system: total / ours for system, total in totals.items()} if ours else {}
 
 
-def _compute(part: Compute) -> dict[str, Any]:
-    total = part.work.token_parameters
-    return {
-        "system": part.system,
-        "part": part.part,
-        "tokens": part.work.tokens,
-        "forward": part.work.forward,
-        "backward": part.work.backward,
-        "token_parameters": total,
-        "critical_path": total if part.critical is None else part.critical,
-    }
-
-
-def _facts(artifact: Clusters | Proxy | TransferSet) -> dict[str, Any]:
-    return artifact.model_dump(mode="json", exclude={"folder", "digest", "work", "centroids"})
+def _unmeasured(rows: Sequence[ResultRow]) -> list[str]:
+    """A warning for every metric of a model that is not a finite number."""
+    broken = dict.fromkeys((row.system, row.item, row.metric) for row in rows if not math.isfinite(row.value))
+    return [
+        f"{system if item is None else f'{system} {item}'} has no finite {METRICS.get(metric, metric)}: "
+        "its probabilities are not numbers, as after a training that diverged"
+        for system, item, metric in broken
+    ]

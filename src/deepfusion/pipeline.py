@@ -6,12 +6,13 @@ run's store first; so the order below is the order of the method, not of the clo
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, as_completed
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from deepfusion import roles
 from deepfusion.artifacts import (
     Artifact,
     Checkpoint,
@@ -25,39 +26,27 @@ from deepfusion.artifacts import (
     TransferSet,
     Upload,
     Writing,
-    file_digest,
 )
-from deepfusion.config import FileData, ModelSource, Recipe, Runtime, VAAObjective
-from deepfusion.engine import Engine, NotYetRunError, PlannedStep, Planner, StepError, Watcher
+from deepfusion.config import ModelSource, Recipe, Runtime
+from deepfusion.engine import (
+    Engine,
+    NotYetRunError,
+    PlannedStep,
+    Planner,
+    StepError,
+    Watcher,
+    futures,
+    resolved,
+)
+from deepfusion.errors import InputError, concerns_all
+from deepfusion.inputs import by_content
+from deepfusion.outlook import waiting
+from deepfusion.references import references
+from deepfusion.roles import Teacher
+from deepfusion.steps import FIRST, LAST, STEPS, placed
 from deepfusion.store import Store, link_tree
 
 A = TypeVar("A", bound=Artifact)
-
-# Phase → what runs it, what it gives, and a number to raise when the same inputs would give something else.
-STEPS: dict[str, tuple[str, type[Artifact], int]] = {
-    "data": ("deepfusion.phases.data:build_corpus", Corpus, 1),
-    "make": ("deepfusion.ancestors:make", Checkpoint, 1),
-    "take": ("deepfusion.ancestors:take", Checkpoint, 1),
-    "device": ("deepfusion.phases.device:train_device", Upload, 1),
-    "upload": ("deepfusion.phases.upload:receive", Intake, 1),
-    "cluster": ("deepfusion.phases.cluster:cluster", Clusters, 1),
-    "proxy": ("deepfusion.phases.proxy:average", Proxy, 1),
-    "write": ("deepfusion.phases.transfer:write_cluster", Writing, 1),
-    "transfer": ("deepfusion.phases.transfer:gather", TransferSet, 1),
-    "consult": ("deepfusion.phases.distill:consult", Teaching, 1),
-    "joint": ("deepfusion.phases.distill:distill", Checkpoint, 2),
-    "branch": ("deepfusion.phases.distill:distill", Checkpoint, 2),
-    "assemble": ("deepfusion.phases.assemble:merge", Checkpoint, 1),
-    "tune": ("deepfusion.phases.tune:tune", Checkpoint, 2),
-    "upcycle": ("deepfusion.phases.assemble:merge", Checkpoint, 1),
-    "pooled_text": ("deepfusion.baselines.controls:pooled_text", Checkpoint, 1),
-    "pooled_text_dense": ("deepfusion.baselines.controls:pooled_text", Checkpoint, 1),
-    "dense_kd": ("deepfusion.baselines.controls:dense_kd", Checkpoint, 2),
-    "centralized": ("deepfusion.baselines.controls:centralized", Checkpoint, 1),
-    "evaluate": ("deepfusion.phases.evaluate:evaluate", Scores, 1),
-    "report": ("deepfusion.conclusion:conclude", Report, 1),
-}
-FIRST, LAST = -10, 10  # priorities: the run's own critical path, and what only stands beside it
 
 
 def run(
@@ -70,63 +59,82 @@ def run(
     Raises:
         ValueError: one line about what in the recipe or its inputs is wrong.
     """
-    out = Path(out) if out is not None else Path("runs") / recipe.name
-    out.mkdir(parents=True, exist_ok=True)
     from filelock import FileLock, Timeout
 
-    lock = FileLock(out / ".lock")
+    keyed = by_content(recipe)  # first of all: it finds what is missing
+    out = _folder(recipe, out)
     try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / ".lock")
         with lock.acquire(timeout=0), Engine(Store(out / "steps"), runtime or Runtime(), watch) as engine:
-            return _publish(_Method(recipe, engine), out)
+            return _publish(_Method(recipe, keyed, engine), out)
     except Timeout:
-        raise ValueError(f"{out} is in use by another run: wait for it, or give --out another folder") from None
+        raise InputError(f"{out} is in use by another run: wait for it, or give --out another folder") from None
 
 
 def plan(recipe: Recipe, out: str | Path | None = None) -> list[PlannedStep]:
     """What `run` would find done, run, or still has to wait for; runs nothing."""
-    out = Path(out) if out is not None else Path("runs") / recipe.name
-    planner = Planner(Store(out / "steps"), Runtime())
+    keyed = by_content(recipe)
+    planner = Planner(Store(_folder(recipe, out) / "steps"), Runtime())
     try:
-        _Method(recipe, planner).report()
+        _Method(recipe, keyed, planner).report()
     except NotYetRunError:
-        planner.steps.append(PlannedStep("…", None, "wait", "which further steps there are depends on those above"))
+        planner.steps += waiting(recipe, {step.phase for step in planner.steps})
     return planner.steps
 
 
-class _Method:
-    """The phases of one run, in order."""
+def _folder(recipe: Recipe, out: str | Path | None) -> Path:
+    """The folder of a run.
 
-    def __init__(self, recipe: Recipe, engine: Engine) -> None:
-        self.recipe, self.engine, self.seed = recipe, engine, recipe.seed
+    Raises:
+        InputError: there can be no such folder.
+    """
+    out = Path(out) if out is not None else Path("runs") / recipe.name
+    file = next((part for part in (out, *out.parents) if part.exists() and not part.is_dir()), None)
+    if file is not None:
+        raise InputError(f"--out {out} cannot be a folder, for {file} is a file: give another one")
+    return out
+
+
+class _Method:
+    """The phases of one run, in order. `keyed` is the recipe by which steps are keyed: contents stand for paths."""
+
+    def __init__(self, recipe: Recipe, keyed: Recipe, engine: Engine) -> None:
+        self.recipe, self.keyed, self.engine, self.seed = recipe, keyed, engine, recipe.seed
 
     def go(self, gives: type[A], phase: str, item: str | None = None, /, **arguments: Any) -> Future[A]:
-        """Submit one step of the table above."""
+        """Submit one step of the table of steps; raises at once what is known already to stop the run."""
         function, result, version = STEPS[phase]
         assert result is gives
-        return cast("Future[A]", self.engine.submit(phase, function, version, result, item, **arguments))
+        step = self.engine.submit(phase, function, version, result, item, **arguments)
+        error = step.exception() if step.done() else None
+        if error is None or isinstance(error, NotYetRunError):
+            return cast("Future[A]", step)
+        if arguments.get("expendable") and not concerns_all(error):
+            return cast("Future[A]", step)
+        raise error
 
     def report(self) -> Report:
         """Everything; the last step's artifact."""
-        recipe, seed = self.recipe, self.seed
-        encoder = recipe.device.encoder
-        corpus = self.go(Corpus, "data", config=recipe.data, seed=seed, also_keyed_by=_inputs(recipe))
-        base = self.ancestor("base", recipe.models.base, corpus, seed)
+        recipe, keyed, seed = self.recipe, self.keyed, self.seed
+        encoder = placed(encoder=(recipe.device.encoder, keyed.device.encoder))
+        corpus = self.go(Corpus, "data", seed=seed, **placed(config=(recipe.data, keyed.data)))
+        base = self.ancestor("base", recipe.models.base, keyed.models.base, corpus, seed)
         ancestors = {
-            name: self.ancestor(name, source, corpus, seed + 1 + number)
+            name: self.ancestor(name, source, keyed.models.ancestors[name], corpus, seed + 1 + number)
             for number, (name, source) in enumerate(recipe.models.ancestors.items())
         }
 
         # Devices: each trains its own model on its own text, and uploads it with an embedding, once.
-        encoder_files = None if encoder == "hashing" else _folder_inputs(encoder)
         for model in self.given(base, ancestors):
             model.result()  # a broken checkpoint is told before devices train for nothing
-        starts_from = _assigned([device.id for device in corpus.result().devices], recipe)
+        names = [device.id for device in corpus.result().devices]
         uploads = {
             device: self.go(
                 Upload, "device", device, device=device, ancestor=ancestors[name], ancestor_name=name, corpus=corpus,
-                config=recipe.device, seed=seed + 1000 + number, also_keyed_by=encoder_files,
+                seed=seed + 1000 + number, expendable=True, **placed(config=(recipe.device, keyed.device)),
             )
-            for number, (device, name) in enumerate(starts_from.items())
+            for number, (device, name) in enumerate(roles.starting_points(names, recipe.models, seed).items())
         }  # fmt: skip
         arrived, failures = self.arrivals(uploads)
         intake = self.go(
@@ -137,43 +145,55 @@ class _Method:
 
         # Phase I: group the devices by what they know; average within a cluster what may be averaged.
         clusters = self.go(Clusters, "cluster", uploads=accepted, config=recipe.cluster, seed=seed)
-        groups = _by_cluster_and_lineage(accepted, clusters.result(), by_type=recipe.cluster.mode == "by_type")
+        members = clusters.result()
+        own = [Teacher(upload.device, members.of(upload.device), upload) for upload in accepted]
         proxies = [
-            self.go(Proxy, "proxy", f"{cluster}-{number}", uploads=members, cluster=cluster, config=recipe.proxy)
-            for number, (cluster, members) in enumerate(groups)
+            Teacher(name, n, self.go(Proxy, "proxy", name, uploads=uploads, cluster=n, config=recipe.proxy))
+            for name, n, uploads in roles.averaged(accepted, members)
         ]
 
         # Transfer: public text, and what devices' models say about their own subjects.
         origins = {upload.lineage: ancestors[upload.ancestor] for upload in accepted}
+        before = {"keep_before": True} if recipe.distill.shifted else {}
         writings = [
             self.go(
                 Writing, "write", f"cluster-{cluster}", cluster=cluster, models=writers, ancestors=origins,
-                clusters=clusters, corpus=corpus, config=recipe.transfer, encoder=encoder, seed=seed, priority=FIRST,
+                clusters=clusters, corpus=corpus, config=recipe.transfer, seed=seed, priority=FIRST, **before,
+                **encoder,
             )
-            for cluster, writers in self.writers(accepted, clusters.result(), proxies)
+            for cluster, writers in roles.writers(own, proxies, members, recipe.transfer)
         ]  # fmt: skip
         transfer = self.go(
             TransferSet, "transfer", writings=writings, clusters=clusters, corpus=corpus, config=recipe.transfer,
-            encoder=encoder, priority=FIRST,
+            priority=FIRST, **encoder,
         )  # fmt: skip
+        lessons, paid = transfer, {}
+        if recipe.distill.shifted:
+            lessons = self.go(TransferSet, "shift", base=base, transfer=transfer, priority=FIRST)
+            paid = {"paid": [lessons]}
 
         # Phase II: one student learns from everyone; copies of it go on, each in its own domain.
-        teachings = self.teachings(accepted, clusters.result(), proxies, transfer)
-        active = base.result().active_parameters
-        budget = 3.0 * active * recipe.distill.budget_tokens
+        teachings = [
+            self.go(
+                Teaching, "consult", teacher.name, teacher=teacher.model, cluster=teacher.cluster, transfer=transfer,
+                config=recipe.distill, priority=FIRST,
+            )
+            for teacher in roles.consulted(own, proxies, recipe)
+        ]  # fmt: skip
+        budget = 3.0 * base.result().active_parameters * recipe.distill.budget_tokens
         shares = recipe.distill.shares
         k = recipe.cluster.k
         joint = base
         if shares.joint:
             joint = self.go(
-                Checkpoint, "joint", student=base, transfer=transfer, teachings=teachings, config=recipe.distill,
-                budget=shares.joint * budget, seed=seed, priority=FIRST,
+                Checkpoint, "joint", student=base, transfer=lessons, teachings=teachings, config=recipe.distill,
+                budget=shares.joint * budget, seed=seed, priority=FIRST, **paid,
             )  # fmt: skip
         branches = [joint] * k
         if shares.branch:
             branches = [
                 self.go(
-                    Checkpoint, "branch", f"cluster-{cluster}", student=joint, transfer=transfer, teachings=teachings,
+                    Checkpoint, "branch", f"cluster-{cluster}", student=joint, transfer=lessons, teachings=teachings,
                     config=recipe.distill, budget=shares.branch * budget / k, cluster=cluster, seed=seed + cluster,
                     priority=FIRST,
                 )
@@ -188,39 +208,42 @@ class _Method:
         moe = merged
         if shares.tune:
             moe = self.go(
-                Checkpoint, "tune", moe=merged, transfer=transfer, teachings=teachings, config=recipe.tune,
+                Checkpoint, "tune", moe=merged, transfer=lessons, teachings=teachings, config=recipe.tune,
                 ask=recipe.distill.teachers, budget=shares.tune * budget, seed=seed, priority=FIRST,
             )  # fmt: skip
 
-        controls = self.controls(base, corpus, transfer, teachings, budget)
+        beside, copies = references(self.go, recipe, base, corpus, transfer, lessons, teachings, budget)
         systems: list[tuple[str, str | None, Future[Any] | Artifact]] = [
             ("base", None, base),
             *(("device", upload.device, upload) for upload in accepted),
-            *(("proxy", f"{number}", proxy) for number, proxy in enumerate(proxies)),
+            *(("proxy", proxy.name, proxy.model) for proxy in proxies),
             ("joint_student", None, joint),
             *(("branch", f"cluster-{cluster}", branch) for cluster, branch in enumerate(branches)),
             ("merged", None, merged),
             ("deepfusion", None, moe),
-            *((name, None, model) for name, model in controls.items()),
+            *((name, None, model) for name, model in beside.items()),
         ]
         scores = [
             self.go(
-                Scores, "evaluate", system if item is None else f"{system}-{item}", model=model, corpus=corpus,
-                config=recipe.evaluate, system=system, item=item, priority=LAST + 1,
+                Scores, "evaluate", _label(system, item), model=model, corpus=corpus, config=recipe.evaluate,
+                system=system, item=item, priority=LAST + 1,
                 routing=system in ("merged", "deepfusion", "pooled_text", "centralized"),
             )
             for system, item, model in systems
         ]  # fmt: skip
         return self.write_report(
-            corpus=corpus, uploads=accepted, intake=intake, clusters=clusters, proxies=proxies, transfer=transfer,
-            teachings=teachings, students={"joint_student": joint, "merged": merged, "deepfusion": moe, **controls},
-            branches=branches, scores=scores,
+            corpus=corpus, uploads=accepted, intake=intake, clusters=clusters,
+            proxies=[proxy.model for proxy in proxies], transfer=transfer, teachings=teachings,
+            students={"joint_student": joint, "merged": merged, "deepfusion": moe, **beside}, branches=branches,
+            scores=scores, copies=copies, shifted=lessons if recipe.distill.shifted else None,
         )  # fmt: skip
 
-    def ancestor(self, name: str, source: ModelSource, corpus: Future[Corpus], seed: int) -> Future[Checkpoint]:
+    def ancestor(
+        self, name: str, source: ModelSource, keyed: ModelSource, corpus: Future[Corpus], seed: int
+    ) -> Future[Checkpoint]:
         """A given checkpoint, or one made on the spot."""
         if source.path is not None:
-            return self.go(Checkpoint, "take", name, path=source.path, also_keyed_by=_folder_inputs(source.path))
+            return self.go(Checkpoint, "take", name, **placed(path=(source.path, keyed.path)))
         return self.go(Checkpoint, "make", name, made=source.make, corpus=corpus, seed=seed)
 
     def given(self, base: Future[Checkpoint], ancestors: dict[str, Future[Checkpoint]]) -> list[Future[Checkpoint]]:
@@ -230,92 +253,30 @@ class _Method:
         return [model for source, model in named if source.path is not None]
 
     def arrivals(self, uploads: dict[str, Future[Upload]]) -> tuple[dict[str, Upload], dict[str, str]]:
-        """What devices sent, and why others did not: a broken device never takes the run down, a wrong recipe does."""
+        """What devices sent, and why others did not.
+
+        A broken device never takes the run down; a fault of what all were given does, and so does the disk.
+        """
+        devices = {upload: device for device, upload in uploads.items()}
         arrived: dict[str, Upload] = {}
         failures: dict[str, str] = {}
-        for device, upload in uploads.items():
+        for upload in as_completed(devices):
             try:
-                arrived[device] = upload.result()
-            except (ValueError, OSError, NotYetRunError):
+                arrived[devices[upload]] = upload.result()
+            except NotYetRunError:
                 raise
             except Exception as error:
-                failures[device] = error.reason if isinstance(error, StepError) else str(error)
-                self.engine.watch.message(f"{device} is left out: {error}")
-        return arrived, failures
-
-    def writers(
-        self, accepted: list[Upload], clusters: Clusters, proxies: list[Future[Proxy]]
-    ) -> list[tuple[int, list[Upload] | list[Proxy]]]:
-        """Per cluster the models that write: its devices', or its proxies."""
-        transfer = self.recipe.transfer
-        if not {"answered", "sampled"} & set(transfer.kinds):
-            return []
-        result: list[tuple[int, list[Upload] | list[Proxy]]] = []
-        for cluster, members in enumerate(clusters.members):
-            if transfer.writers == "devices" and len(members) <= transfer.max_writers:
-                result.append((cluster, [upload for upload in accepted if upload.device in members]))
-            else:
-                result.append((cluster, [p for p in (f.result() for f in proxies) if p.cluster == cluster]))
-        return [(cluster, writers) for cluster, writers in result if writers]
-
-    def teachings(
-        self, accepted: list[Upload], clusters: Clusters, proxies: list[Future[Proxy]], transfer: Future[TransferSet]
-    ) -> list[Future[Teaching]]:
-        """Teachers asked after the fact; with writers as teachers only VAA needs more than they said while writing."""
-        config = self.recipe.distill
-        teachers: list[tuple[str, int, Upload | Proxy]]
-        if config.teachers == "proxies":
-            teachers = [(f"proxy-{n}", p.cluster, p) for n, p in enumerate(f.result() for f in proxies)]
-        elif isinstance(config.objective, VAAObjective) and self.recipe.transfer.writers == "devices":
-            teachers = [(upload.device, clusters.of(upload.device), upload) for upload in accepted]
-        elif isinstance(config.objective, VAAObjective):
-            teachers = [(f"proxy-{n}", p.cluster, p) for n, p in enumerate(f.result() for f in proxies)]
-        else:
-            return []
-        return [
-            self.go(
-                Teaching, "consult", name, teacher=teacher, cluster=cluster, transfer=transfer, config=config,
-                priority=FIRST,
-            )
-            for name, cluster, teacher in teachers
-        ]  # fmt: skip
-
-    def controls(
-        self,
-        base: Future[Checkpoint],
-        corpus: Future[Corpus],
-        transfer: Future[TransferSet],
-        teachings: list[Future[Teaching]],
-        budget: float,
-    ) -> dict[str, Future[Checkpoint]]:
-        """References on the same text at equal server compute, and the one that sees everything."""
-        recipe, wanted = self.recipe, dict.fromkeys(self.recipe.evaluate.references)
-        common = {"transfer": transfer, "teachings": teachings, "config": recipe.distill, "seed": self.seed}
-        copies: Future[Checkpoint] | None = None
-        if {"pooled_text", "centralized"} & wanted.keys():
-            copies = self.go(
-                Checkpoint, "upcycle", students=[base] * recipe.cluster.k, transfer=transfer, config=recipe.assemble,
-                seed=self.seed, priority=LAST,
-            )  # fmt: skip
-        result: dict[str, Future[Checkpoint]] = {}
-        for name in wanted:
-            if name == "centralized":
-                result[name] = self.go(
-                    Checkpoint, name, moe=copies, corpus=corpus, distilling=recipe.distill, config=recipe.evaluate,
-                    balance=recipe.tune.balance, seed=self.seed, priority=LAST - 1,
-                )  # fmt: skip
-            elif name == "dense_kd":
-                result[name] = self.go(Checkpoint, name, base=base, budget=budget, priority=LAST, **common)
-            else:
-                result[name] = self.go(
-                    Checkpoint, name, model=copies if name == "pooled_text" else base, budget=budget,
-                    balance=recipe.tune.balance if name == "pooled_text" else 0.0, priority=LAST, **common,
-                )  # fmt: skip
-        return result
+                if concerns_all(error):
+                    raise
+                reason = error.reason if isinstance(error, StepError) else str(error)
+                failures[devices[upload]] = reason.replace(f"{self.engine.store.root}{os.sep}", "")
+        return {device: arrived[device] for device in uploads if device in arrived}, failures
 
     def write_report(self, **found: Any) -> Report:
-        """Wait for everything and write it down."""
-        done: dict[str, Any] = {name: _await(value) for name, value in found.items()}
+        """Wait for everything, but for nothing more once something has failed, and write it down."""
+        for future in as_completed(futures(found)):
+            future.result()
+        done: dict[str, Any] = resolved(found)
         warned = [w for part in (done["clusters"], *done["proxies"]) for w in part.warnings]
         for notice in (*done["transfer"].notices, *warned):
             self.engine.watch.message(notice)
@@ -332,7 +293,7 @@ class _Method:
             }
             for d in self.engine.done
         ]
-        return self.go(Report, "report", recipe=self.recipe, **done, unkeyed={"phases": phases}).result()
+        return self.go(Report, "report", recipe=self.keyed, **done, unkeyed={"phases": phases}).result()
 
 
 def _publish(method: _Method, out: Path) -> Report:
@@ -351,62 +312,6 @@ def _publish(method: _Method, out: Path) -> Report:
     return report
 
 
-def _assigned(devices: list[str], recipe: Recipe) -> dict[str, str]:
-    """Device → the name of the ancestor that it starts from."""
-    names = list(recipe.models.ancestors)
-    if recipe.models.assign == "random":
-        import random
-
-        generator = random.Random(f"{recipe.seed}-ancestors")
-        return {device: generator.choice(names) for device in devices}
-    # Round by round, shifted by one each time, so that devices of one domain do not all get the same type.
-    return {device: names[(n + n // len(names)) % len(names)] for n, device in enumerate(devices)}
-
-
-def _by_cluster_and_lineage(uploads: list[Upload], clusters: Clusters, by_type: bool) -> list[tuple[int, list[Upload]]]:
-    """Who is averaged with whom. Clusters that claim to be type-pure are not split: mixing is then refused by name."""
-    groups: dict[tuple[int, str], list[Upload]] = {}
-    for upload in uploads:
-        cluster = clusters.of(upload.device)
-        groups.setdefault((cluster, upload.model_type if by_type else upload.lineage), []).append(upload)
-    return [(cluster, members) for (cluster, _), members in sorted(groups.items(), key=lambda group: group[0])]
-
-
-def _inputs(recipe: Recipe) -> dict[str, str]:
-    """Digests of the files that the recipe's data comes from."""
-    source = recipe.data.source
-    if not isinstance(source, FileData):
-        return {}
-    files = [Path(text.path) for text in source.sources if text.path is not None]
-    for path in files:
-        if not path.is_file():
-            raise ValueError(f"data file {path} does not exist")
-    named = [name for text in source.sources for name in _leaves(text.arguments.get("data_files"))]
-    local = [path for path in map(Path, named) if path.is_file()]  # patterns and addresses are `datasets`' own business
-    return {str(path): file_digest(path) for path in files + local}
-
-
-def _leaves(tree: Any) -> list[str]:
-    """Every string in a tree of mappings and lists."""
-    if isinstance(tree, str):
-        return [tree]
-    parts = cast("Iterable[Any]", tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else [])
-    return [leaf for part in parts for leaf in _leaves(part)]
-
-
-def _folder_inputs(path: str) -> dict[str, str]:
-    """Digests of the files of a model's folder."""
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ValueError(f"model folder {folder} does not exist")
-    return {p.name: file_digest(p) for p in sorted(folder.iterdir()) if p.is_file()}
-
-
-def _await(value: Any) -> Any:
-    if isinstance(value, Future):
-        return cast("Future[Any]", value).result()
-    if isinstance(value, dict):
-        return {k: _await(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_await(v) for v in value]
-    return value
+def _label(system: str, item: str | None) -> str:
+    """What the evaluation of a system is called."""
+    return system if item is None else item if system == "device" else f"{system}-{item}"

@@ -12,14 +12,19 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from deepfusion.config import Recipe, Section
+from deepfusion.config.section import kind_of, limits_of, sections_in
 
 INTRODUCTION = """# Recipes
 
 A recipe is one YAML file that decides a run's result: same recipe, same numbers. What only changes the speed (workers,
-threads, accelerator) is not in it but on the command line. Unknown keys are refused by name. A relative path counts
-from the recipe's own folder.
+threads, accelerator) is not in it but on the command line. Unknown keys are refused by name.
+
+A relative path in a recipe counts from the recipe's own folder, one given with `--set` from the current directory. An
+embedded recipe that is called by its name alone counts as `recipes/<name>.yaml`. Steps know files by name and content:
+runs on copies of the same files are the same run.
 
     deepfusion run recipes/demo.yaml --set seed=1 --set cluster.k=8
+    deepfusion run medical_finance --set data.source.sources.0.path=texts/medicine.jsonl
 
 Every key below has a default unless it says *required*; the defaults are what measured best, see
 [Decisions](decisions.md) and the [Log](log.md).
@@ -40,10 +45,10 @@ def _section(path: str, section: type[Section], seen: set[type[Section]]) -> Ite
     yield "| key | type | default | meaning |\n|---|---|---|---|\n"
     for name, field in section.model_fields.items():
         meaning = " ".join((field.description or "").split()) or _inherited_meaning(name, field)
-        cells = (f"`{name}`", _type(field.annotation) + _limits(field), _default(field), meaning)
+        cells = (f"`{name}`", _type(field.annotation) + limits_of(field), _default(field), meaning)
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
     for name, field in section.model_fields.items():
-        for below in _sections(field.annotation):
+        for below in sections_in(field.annotation):
             if below not in seen:
                 yield from _section(_join(path, name, field, below), below, seen)
 
@@ -51,27 +56,16 @@ def _section(path: str, section: type[Section], seen: set[type[Section]]) -> Ite
 def _join(path: str, name: str, field: FieldInfo, below: type[Section]) -> str:
     """The path of a section below; the members of a union are told apart by their kind."""
     here = f"{path}.{name}" if path else name
-    kinds = _sections(field.annotation)
-    return f"{here} (kind: {_kind(below)})" if len(kinds) > 1 else here
-
-
-def _kind(section: type[Section]) -> str:
-    return str(get_args(section.model_fields["kind"].annotation)[0])
+    kinds = sections_in(field.annotation)
+    return f"{here} (kind: {kind_of(below)})" if len(kinds) > 1 else here
 
 
 def _inherited_meaning(name: str, field: FieldInfo) -> str:
     """What stands where a field has no sentence of its own: that of its section, or nothing (a test refuses that)."""
-    sections = _sections(field.annotation)
+    sections = sections_in(field.annotation)
     if sections:
         return _first_paragraph(sections[0]) if len(sections) == 1 else "One of several, told apart by its `kind`."
     return "Says which of several this section is." if name == "kind" else ""
-
-
-def _sections(annotation: Any) -> list[type[Section]]:
-    """Every Section named in an annotation, in order."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [section for argument in get_args(annotation) for section in _sections(argument)]
 
 
 def _first_paragraph(section: type[Section]) -> str:
@@ -80,19 +74,6 @@ def _first_paragraph(section: type[Section]) -> str:
 
 def _anchor(path: str) -> str:
     return re.sub(r"\W+", "-", path).strip("-") or "top"
-
-
-def _limits(field: FieldInfo) -> str:
-    """The bounds of a number, as ` ≥ 1, < 2`."""
-    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    bounds = [f"{signs[name]} {bound:g}" for rule in field.metadata for name, bound in _bounds(rule)]
-    return " " + ", ".join(bounds) if bounds else ""
-
-
-def _bounds(rule: Any) -> Iterator[tuple[str, float]]:
-    for name in ("ge", "gt", "le", "lt"):
-        if hasattr(rule, name):
-            yield name, float(getattr(rule, name))
 
 
 def _type(annotation: Any) -> str:

@@ -28,6 +28,17 @@ class Signal:
     topk_logprobs: np.ndarray  # [n, k] float16
     gain: np.ndarray | None = None  # [n] float16, nats by which the token is likelier than under the public ancestor
     features: np.ndarray | None = None  # [J, P, W] float16, standardised stage features pooled over patches
+    before: np.ndarray | None = None  # [n] float32, log p(token | those before) under the writer's public ancestor
+    before_topk: np.ndarray | None = None  # [n, k] float16, the ancestor's for each of `topk_ids`
+
+
+# What not every signal has, how many rows of it a document has (one per token, or one in all), and its type on disk.
+_EXTRAS = (
+    ("gain", "tokens", np.float16),
+    ("features", "document", np.float16),
+    ("before", "tokens", np.float32),
+    ("before_topk", "tokens", np.float16),
+)
 
 
 @dataclass(frozen=True)
@@ -51,13 +62,15 @@ class Signals:
             "topk_ids": _joined([s.topk_ids for s in signals], np.int32, width),
             "topk_logprobs": _joined([s.topk_logprobs for s in signals], np.float16, width),
         }
-        gains = [s.gain for s in signals if s.gain is not None]
-        if gains:
-            tensors["gain"] = _joined(gains, np.float16)
-        features = [s.features for s in signals if s.features is not None]
-        if features:
-            tensors["features"] = np.stack(features).astype(np.float16)
         about = {"documents": list(self.of), "tokenizer": self.tokenizer, "lineage": self.lineage}
+        for extra, rows, dtype in _EXTRAS:
+            held = {name: getattr(signal, extra) for name, signal in self.of.items()}
+            held = {name: values for name, values in held.items() if values is not None}
+            if held:
+                join = np.concatenate if rows == "tokens" else np.stack
+                tensors[extra] = join(list(held.values())).astype(dtype)
+            if 0 < len(held) < len(self.of):
+                about[extra] = list(held)  # whose they are, where not everyone has some
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path, metadata={"about": json.dumps(about)})  # one key: several would be in random order
 
@@ -67,7 +80,17 @@ class Signals:
         with safe_open(path, framework="numpy") as stored:
             about = json.loads(stored.metadata()["about"])
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (not a dict)
-        gain, features, offsets = tensors.get("gain"), tensors.get("features"), tensors["offsets"]
+        offsets = tensors["offsets"]
+        sizes = dict(zip(about["documents"], np.diff(offsets).tolist(), strict=True))
+        extras: dict[str, dict[str, np.ndarray]] = {name: {} for name in sizes}
+        for extra, rows, _ in _EXTRAS:
+            if extra not in tensors:
+                continue
+            owners = about.get(extra, about["documents"])
+            ends = np.cumsum([sizes[name] for name in owners])
+            parts = np.split(tensors[extra], ends[:-1]) if rows == "tokens" else tensors[extra]
+            for name, values in zip(owners, parts, strict=True):
+                extras[name][extra] = values
         of: dict[str, Signal] = {}
         for index, document in enumerate(about["documents"]):
             span = slice(int(offsets[index]), int(offsets[index + 1]))
@@ -77,8 +100,7 @@ class Signals:
                 logprobs=tensors["logprobs"][span],
                 topk_ids=tensors["topk_ids"][span],
                 topk_logprobs=tensors["topk_logprobs"][span],
-                gain=None if gain is None else gain[span],
-                features=None if features is None else features[index],
+                **extras[document],
             )
         return cls(about["tokenizer"], about["lineage"], of)
 

@@ -42,7 +42,8 @@ class Step(Generic[A]):
     gives: type[A]
     arguments: dict[str, Any]
     also_keyed_by: Any = None  # what decides the result but is not passed on, such as the digest of a file
-    unkeyed: dict[str, Any] = field(default_factory=dict[str, Any])  # passed on, but decides nothing, such as timings
+    unkeyed: dict[str, Any] = field(default_factory=dict[str, Any])  # passed on, but decides nothing by its own words:
+    # timings, or a path, for which the digest of what lies there stands in `also_keyed_by`
 
     @property
     def name(self) -> str:
@@ -132,6 +133,7 @@ class Store:
             "function": step.function,
             "version": step.version,
             "depends_on": canonical(step.arguments),
+            "and_on": canonical(step.also_keyed_by),
             "digest": artifact.digest,
             "record": record,
             "files": files,

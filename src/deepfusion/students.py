@@ -100,6 +100,9 @@ def transfer_lessons(
         objective: what the lessons are for: its `focus`, and the patches of features that it wants.
     """
     documents = list(read_jsonl(transfer.documents, TransferDocument))
+    shape = checkpoints.open_config(student.folder)
+    longest = getattr(shape, "max_position_embeddings", None) or training.context
+    training = training.model_copy(update={"context": min(training.context, longest)})
     tokenizer = Tokenizer(checkpoints.open_tokenizer(student.folder))
     said = {teaching.teacher: (teaching.cluster, Signals.load(teaching.signals)) for teaching in teachings}
     kept = {path.stem: Signals.load(path) for path in sorted(transfer.signals.glob("*.safetensors"))}
@@ -121,12 +124,12 @@ def transfer_lessons(
             lesson
             for signals in teachers
             if (
-                lesson := taught(
+                lesson := _taught(
                     document,
-                    signals.of[document.id],
                     signals,
                     tokenizer,
                     training,
+                    vocabulary=shape.vocab_size,
                     cluster=owner,
                     patches=feature_patches(objective),
                 )
@@ -136,8 +139,21 @@ def transfer_lessons(
     return focused(result, objective.focus)
 
 
+def _taught(
+    document: TransferDocument, teacher: Signals, tokenizer: Tokenizer, training: Training, **options: int
+) -> Lesson | None:
+    """`taught`; of a written document that the student's tokenizer cannot spell, none."""
+    try:
+        return taught(document, teacher.of[document.id], teacher, tokenizer, training, **options)
+    except ValueError as error:
+        if document.writer is None:
+            raise
+        print(f"without its teacher: {document.id}: {error}", file=sys.stderr)  # into the step's log
+        return None
+
+
 def _untaught(document: TransferDocument, tokenizer: Tokenizer, training: Training, cluster: int) -> list[Lesson]:
-    """A document's plain lesson; of a written one whose answer is too long for the student, none."""
+    """A document's plain lesson; of a written one that the student cannot spell, or whose answer is too long, none."""
     try:
         return lessons([document], tokenizer, training, cluster=cluster)
     except ValueError as error:

@@ -24,6 +24,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from deepfusion.errors import InputError
+
 # Every step needs these, and they are slow to import: once before forking, instead of once per step.
 PRELOADED = ("accelerate", "sklearn.cluster", "torch", "transformers.trainer", "deepfusion.preload")
 PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -45,14 +47,14 @@ def settle(runtime: Any) -> None:
 
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available[runtime.accelerator]:
-        raise ValueError(f"there is no {runtime.accelerator} accelerator on this machine: leave --accelerator out")
+        raise InputError(f"there is no {runtime.accelerator} accelerator on this machine: leave --accelerator out")
     torch.set_num_threads(runtime.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
 
 def described(error: BaseException, into: Path) -> dict[str, Any]:
-    """Whose error it is (`user`, `system` or `crash`), in which words, and the system's number of it, if any.
+    """Whose error it is (`input`, `value`, `system` or `crash`), its words, and the system's number of it, if any.
 
     Libraries word a full disk in their own ways (safetensors keeps the system's words, torch does not), so a crash
     with no room left is taken for one.
@@ -60,7 +62,7 @@ def described(error: BaseException, into: Path) -> dict[str, Any]:
     if isinstance(error, OSError):
         kind, number = "system", error.errno or errno.EIO
     elif isinstance(error, ValueError):
-        kind, number = "user", None
+        kind, number = "input" if isinstance(error, InputError) else "value", None
     elif os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(into).free < 2**16:
         kind, number = "system", errno.ENOSPC
     else:
@@ -94,7 +96,7 @@ def _run_child(task: dict[str, Any], parent: int, tell: int) -> None:
     try:
         log: Path = task["log"]
         log.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         settle(task["runtime"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from deepfusion.data.batches import Tokenizer
 from deepfusion.families import family
+from deepfusion.scoring import LOGITS_AT_ONCE
 from deepfusion.signals import Signal
 
 
@@ -39,28 +40,60 @@ def write(
     """Continue every prompt ("" writes from nothing) until its end token or `max_new_tokens`, as one batch.
 
     Only the last position's logits ever exist. `temperature` 0 is greedy; the probabilities kept are the model's own,
-    at temperature 1. A text whose bytes are not UTF-8 counts as unfinished.
+    at temperature 1, over the tokenizer's tokens. A text that fills the model's context before it ends, or whose bytes
+    are not UTF-8, counts as unfinished; how long one prompt is does not shorten what follows another.
     """
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     heads = [[tokenizer.start, *inner] for inner, _ in encoded]
-    ends = [[0, *inner_ends] for _, inner_ends in encoded]
-    longest = max(len(head) for head in heads)
+    room = [min(max_new_tokens, _longest(model) - len(head)) for head in heads]
+    fitting = [row for row, left in enumerate(room) if left > 0]
+    new = _continued(
+        model,
+        tokenizer,
+        [heads[row] for row in fitting],
+        [room[row] for row in fitting],
+        temperature=temperature,
+        top_k=top_k,
+        generator=generator,
+    )
+    columns = dict(zip(fitting, new, strict=True))
+    nothing = [np.zeros(0, np.int64), np.zeros(0), np.zeros((0, 0)), np.zeros((0, 0))]
+    return [
+        _one(prompts[row], heads[row], [0, *ends], columns.get(row, nothing), tokenizer)
+        for row, (_, ends) in enumerate(encoded)
+    ]
+
+
+def _continued(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    heads: Sequence[Sequence[int]],
+    room: Sequence[int],
+    *,
+    temperature: float,
+    top_k: int,
+    generator: torch.Generator,
+) -> list[list[np.ndarray]]:
+    """What follows each head, at most `room` tokens each: tokens and their log-probabilities `[n]`, and those of the
+    most probable tokens `[n, k]`; after an end token they mean nothing.
+    """
+    if not heads:
+        return []
+    longest = max(map(len, heads))
+    device, rows = model.device, len(heads)
     pads = [longest - len(head) for head in heads]
-    device = model.device
-    ids = torch.tensor([[tokenizer.end] * pad + head for pad, head in zip(pads, heads, strict=True)], device=device)
+    ids = torch.tensor([[tokenizer.end] * pad + [*head] for pad, head in zip(pads, heads, strict=True)], device=device)
     mask = torch.tensor([[0] * pad + [1] * len(head) for pad, head in zip(pads, heads, strict=True)], device=device)
-    rows = len(prompts)
+    left = torch.tensor(room, device=device)
     alive = torch.ones(rows, dtype=torch.bool, device=device)
     tokens: list[Tensor] = []
     logprobs: list[Tensor] = []
     best_ids: list[Tensor] = []
     best_logprobs: list[Tensor] = []
-    room = _longest(model) - longest
-    cache = None
-    step = ids
-    for _ in range(min(max_new_tokens, max(room, 0))):
+    cache, step = None, ids
+    for count in range(1, max(room) + 1):
         logits, cache = _last_logits(model, step, mask, cache)
-        log_p = torch.log_softmax(logits.float(), -1)
+        log_p = torch.log_softmax(logits[:, : len(tokenizer.table)].float(), -1)
         best = log_p.topk(min(top_k, log_p.shape[-1]), -1)
         if temperature > 0:
             chosen = torch.multinomial((log_p / temperature).softmax(-1), 1, generator=generator)
@@ -70,21 +103,13 @@ def write(
         logprobs.append(log_p.gather(1, chosen)[:, 0])
         best_ids.append(best.indices)
         best_logprobs.append(best.values)
-        alive = alive & (chosen[:, 0] != tokenizer.end)
+        alive = alive & (chosen[:, 0] != tokenizer.end) & (left > count)
         if not bool(alive.any()):
             break
         step = tokens[-1][:, None]
         mask = torch.cat([mask, torch.ones(rows, 1, dtype=mask.dtype, device=device)], 1)
-    if not tokens:
-        nothing = np.zeros(0), np.zeros((0, 0)), np.zeros((0, 0))
-        return [
-            Written(prompts[row], False, _signal(heads[row], ends[row], [], [], *nothing))
-            for row in range(len(prompts))
-        ]
     columns = [torch.stack(each, 1).cpu().numpy() for each in (tokens, logprobs, best_ids, best_logprobs)]
-    return [
-        _one(prompts[row], heads[row], ends[row], [column[row] for column in columns], tokenizer) for row in range(rows)
-    ]
+    return [[column[row, : room[row]] for column in columns] for row in range(rows)]
 
 
 def _longest(model: PreTrainedModel) -> int:
@@ -95,7 +120,9 @@ def _longest(model: PreTrainedModel) -> int:
 def _last_logits(model: PreTrainedModel, step: Tensor, mask: Tensor, cache: object) -> tuple[Tensor, object]:
     positions = {}
     if family(model.config.model_type).packs:  # the others count positions from the mask themselves
-        positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -step.shape[1] :]}
+        # Rows that have come to an end run on beside the others, and must not run out of positions.
+        place = (mask.cumsum(1) - 1).clamp(min=0, max=_longest(model) - 1)
+        positions = {"position_ids": place[:, -step.shape[1] :]}
     outputs = model(
         input_ids=step, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **positions
     )
@@ -106,9 +133,7 @@ def _one(prompt: str, head: list[int], ends: list[int], columns: list[np.ndarray
     tokens, logprobs, best_ids, best_logprobs = columns
     ended = np.flatnonzero(tokens == tokenizer.end)
     count = int(ended[0]) + 1 if len(ended) else len(tokens)
-    # The end token spells nothing; nor do those with which vocabularies are often padded beyond their tokenizer's.
-    spells = {token: tokenizer.table[token] for token in tokens.tolist() if token < len(tokenizer.table)}
-    pieces = [b"" if token == tokenizer.end else spells.get(token, b"") for token in tokens[:count].tolist()]
+    pieces = [b"" if token == tokenizer.end else tokenizer.table[token] for token in tokens[:count].tolist()]
     raw = b"".join(pieces)
     try:
         text, finished = prompt + raw.decode(), bool(len(ended))
@@ -142,53 +167,129 @@ def _signal(
     )
 
 
-@torch.no_grad()
 def with_gain(
-    signals: Mapping[str, Signal], ancestor: PreTrainedModel, tokenizer: Tokenizer, batch: int = 64
+    signals: Mapping[str, Signal],
+    ancestor: PreTrainedModel,
+    tokenizer: Tokenizer,
+    batch: int = 64,
+    *,
+    keep_before: bool = False,
 ) -> dict[str, Signal]:
     """The signals with each token's gain: how many nats likelier its writer found it than the writer's public ancestor.
 
     What a device has learned in private stands out; words that everyone could have guessed do not. Tokens that the
-    writer has no opinion on, and those that the ancestor finds likelier, have none.
+    writer has no opinion on, and those that the ancestor finds likelier, have none. `keep_before` keeps the ancestor's
+    own log-probabilities too, of each token and of each kept alternative.
     """
     result: dict[str, Signal] = {}
-    names = sorted(signals, key=lambda name: len(signals[name].ids))
-    for at in range(0, len(names), batch):
-        some = names[at : at + batch]
-        ids, mask = _padded([signals[name].ids.tolist() for name in some], tokenizer.end)
-        ids, mask = ids.to(ancestor.device), mask.to(ancestor.device)
-        log_p = torch.log_softmax(ancestor(input_ids=ids, attention_mask=mask, use_cache=False).logits.float(), -1)
-        before = log_p[:, :-1].gather(2, ids[:, 1:, None])[..., 0].cpu().numpy()
-        for row, name in enumerate(some):
-            signal = signals[name]
-            gain = np.zeros(len(signal.ids), np.float16)
-            gain[1:] = np.maximum(signal.logprobs[1:] - before[row, : len(signal.ids) - 1], 0)
-            result[name] = replace(signal, gain=gain)
+    ids = {name: signal.ids for name, signal in signals.items()}
+    others = {name: signal.topk_ids for name, signal in signals.items()} if keep_before else {}
+    for name, before, before_topk in opinions(ancestor, tokenizer, ids, others, batch):
+        signal = signals[name]
+        gain = np.zeros(len(signal.ids), np.float16)
+        gain[1:] = np.maximum(signal.logprobs[1:] - before[1:], 0)
+        result[name] = replace(signal, gain=gain)
+        if keep_before:
+            result[name] = replace(result[name], before=before, before_topk=before_topk.astype(np.float16))
     return {name: result[name] for name in signals}
 
 
-def _padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def opinions(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    ids: Mapping[str, np.ndarray],
+    others: Mapping[str, np.ndarray],
+    batch: int = 64,
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """What a model thinks of every token of texts by others, and of the tokens that could have stood there instead.
+
+    Args:
+        model: with the tokenizer's vocabulary.
+        tokenizer: the model's.
+        ids: text → its tokens `[n]`, with the start token.
+        others: text → tokens `[n, k]`, those of row i instead of token i; may leave texts out.
+        batch: texts at a time.
+
+    Yields:
+        Text, shorter ones first, and log-probabilities `[n]` and `[n, k]` (k 0 where left out) float32, given the
+        tokens before; the first row, which nothing predicts, is zero.
+    """
+    names = sorted(ids, key=lambda name: len(ids[name]))
+    for at in range(0, len(names), batch):
+        some = names[at : at + batch]
+        inputs, mask = padded([ids[name].tolist() for name in some], tokenizer.end, model.device)
+        depth = max((others[name].shape[1] for name in some if name in others), default=0)
+        wanted = np.zeros((*inputs.shape, 1 + depth), np.int64)  # each token, and what could have stood there
+        wanted[..., 0] = inputs.cpu().numpy()
+        for row, name in enumerate(some):
+            if name in others:
+                wanted[row, : len(ids[name]), 1 : 1 + others[name].shape[1]] = others[name]
+        asked = torch.from_numpy(wanted[:, 1:]).to(model.device)
+        found = np.zeros(wanted.shape, np.float32)
+        for block, logits in next_logits(model, hidden(model, inputs, mask), tokenizer):
+            log_p = torch.log_softmax(logits.float(), -1)
+            found[:, 1:][:, block] = log_p.gather(2, asked[:, block]).cpu().numpy()
+        for row, name in enumerate(some):
+            k = others[name].shape[1] if name in others else 0
+            yield name, found[row, : len(ids[name]), 0].copy(), found[row, : len(ids[name]), 1 : 1 + k].copy()
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and mask `[rows, longest]`, padded at the end, where a causal model's other positions cannot see it."""
     width = max(map(len, rows))
     ids = torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    return ids, mask
+    return ids.to(device), mask.to(device)
+
+
+def hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """What enters a causal model's head, `[rows, tokens, width]`."""
+    return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+def next_logits(model: PreTrainedModel, states: Tensor, tokenizer: Tokenizer) -> Iterator[tuple[slice, Tensor]]:
+    """Logits `[rows, n, V]` at all positions but the last of what enters the head, a block of positions at a time.
+
+    With a large vocabulary all of them are more than memory holds. Entries with which the model's vocabulary is padded
+    beyond its tokenizer's are left out: they stand for nothing.
+
+    Yields:
+        Which positions, and their logits.
+    """
+    head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
+    assert head is not None, "a causal language model has an output head"
+    last = states.shape[1] - 1
+    size = max(1, LOGITS_AT_ONCE // (len(states) * model.config.vocab_size))
+    for start in range(0, last, size):
+        stop = min(start + size, last)
+        logits = head(states[:, start : start + size])
+        if cap is not None:  # Gemma's
+            logits = torch.tanh(logits / cap) * cap
+        yield slice(start, stop), logits[:, : stop - start, : len(tokenizer.table)]
 
 
 @torch.no_grad()
 def prompt_nats(model: PreTrainedModel, tokenizer: Tokenizer, prompts: Sequence[str], batch: int = 64) -> np.ndarray:
     """−log p of every prompt per UTF-8 byte, `[n]` float64: how much at home a model is in a text's words.
 
-    Of a prompt longer than the model takes, the last tokens count.
+    Of a prompt longer than the model takes, the last tokens count, and their bytes.
     """
     totals, room = np.zeros(len(prompts)), _longest(model)
+    sizes = np.ones(len(prompts))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for at in range(0, len(order), batch):
         chosen = order[at : at + batch]
-        encoded = [[tokenizer.start, *tokenizer.encode(prompts[i])[0][1 - room :]] for i in chosen]
-        ids, mask = _padded(encoded, tokenizer.end)
-        ids, mask = ids.to(model.device), mask.to(model.device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-        nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2).float(), ids[:, 1:], reduction="none")
+        rows: list[list[int]] = []
+        for i in chosen:
+            inner, ends = tokenizer.encode(prompts[i])
+            cut = max(0, len(inner) + 1 - room)
+            rows.append([tokenizer.start, *inner[cut:]])
+            sizes[i] = max(1, len(prompts[i].encode()) - (ends[cut - 1] if cut else 0))
+        ids, mask = padded(rows, tokenizer.end, model.device)
+        nats = torch.zeros(ids[:, 1:].shape, device=model.device)
+        for block, logits in next_logits(model, hidden(model, ids, mask), tokenizer):
+            by_token = logits.transpose(1, 2).float()
+            nats[:, block] = torch.nn.functional.cross_entropy(by_token, ids[:, 1:][:, block], reduction="none")
         totals[chosen] = (nats * mask[:, 1:]).sum(1).double().cpu().numpy()
-    return totals / np.array([max(1, len(prompt.encode())) for prompt in prompts])
+    return totals / sizes

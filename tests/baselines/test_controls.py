@@ -60,6 +60,20 @@ def test_what_asking_teachers_costs_is_spent_on_training(base: Checkpoint, text:
     assert 500 <= made.work.tokens < 500 + BATCH
 
 
+def test_measuring_the_router_is_part_of_the_budget(
+    base: Checkpoint, moe: Checkpoint, text: TransferSet, tmp_path: Path
+) -> None:
+    """As it is in tuning; but what made a dense base is nothing that the control asked for."""
+    for model, spent in ((moe, 100), (base, 0)):
+        worked = model.model_copy(update={"work": Work(tokens=1, forward=budget(model, 100))})
+        made = pooled_text(
+            worked, text, (), CONFIG, budget=budget(model), balance=0.0, seed=0,
+            into=folder(tmp_path / model.model_type), runtime=HERE,
+        )  # fmt: skip
+        assert 300 - spent <= made.work.tokens < 300 - spent + BATCH
+        assert made.work.token_parameters == 3 * made.work.tokens * model.active_parameters
+
+
 def test_pooled_text_of_a_moe_is_balanced(moe: Checkpoint, text: TransferSet, tmp_path: Path) -> None:
     digests = {
         pooled_text(
@@ -82,6 +96,14 @@ def test_dense_kd_is_the_joint_stage(base: Checkpoint, text: TransferSet, tmp_pa
     assert made.digest != plain.digest
 
 
+def test_what_was_made_for_dense_kd_is_part_of_its_budget(base: Checkpoint, text: TransferSet, tmp_path: Path) -> None:
+    paid = [text.model_copy(update={"work": Work(tokens=1, forward=budget(base, 100))})]
+    made = dense_kd(
+        base, text, (), CONFIG, budget=budget(base), paid=paid, seed=0, into=folder(tmp_path / "made"), runtime=HERE
+    )
+    assert 200 <= made.work.tokens < 200 + BATCH
+
+
 # ── what no federation could do ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -96,6 +118,20 @@ def test_centralized_learns_all_text_until_held_out_text_is_worse(moe: Checkpoin
     assert made.work.tokens < 30_000 - BATCH  # it overfits its eight documents long before
     assert made.losses[-1][1] < made.losses[0][1] / 3
     assert weights(made.folder).keys() == weights(moe.folder).keys()
+
+
+def test_centralized_reads_no_further_than_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = corpus(folder(tmp_path / "corpus"))
+    short = checkpoint("mixtral", tmp_path / "short", experts=2, top_k=1, context=16)
+    seen: list[int] = []
+
+    def learn(student: Checkpoint, lessons: Any, *_: Any, heldout: Any, **__: Any) -> Checkpoint:
+        seen.extend(len(lesson) for lesson in (*lessons, *heldout))
+        return student
+
+    monkeypatch.setattr("deepfusion.baselines.controls.learn", learn)
+    central(short, text, tmp_path / "made")
+    assert max(seen) == 16 < FAST.context
 
 
 def test_centralized_reads_each_text_once(moe: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from deepfusion.config import FileData, TextSource
-from deepfusion.data.corpora import Text, read_text, render_prompt
+from deepfusion.data.corpora import Text, private_groups, read_questions, read_text, render_prompt
+from deepfusion.errors import InputError
 
 
 def row(name: str, split: str = "private", **fields: Any) -> dict[str, Any]:
@@ -212,3 +213,74 @@ def test_each_purpose_needs_text(tmp_path: Path, missing: str) -> None:
 def test_a_filter_that_keeps_nothing_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="none of 3 rows is kept"):
         read(ROWS, tmp_path, where={"source": "Nobody"})
+
+
+# ── questions for a finished model ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_group_is_private_if_any_of_its_rows_is() -> None:
+    assert private_groups([("a", False), ("b", True), ("a", False), ("b", False)]) == {"b"}
+
+
+def test_questions_are_as_private_as_in_a_run(tmp_path: Path) -> None:
+    """A group is private as a whole, whichever of its rows says so, in a private row or in a test row."""
+    rows = [
+        row("p1", group="told by a private row", private_group=True),
+        row("t1", "test", group="told by a private row"),
+        row("p2", group="told by a test row"),
+        row("t2", "test", group="told by a test row", private_group="true"),
+        row("t3", "test", group="told by a test row"),
+        row("p4", group="told by nobody", private_group="false"),
+        row("t4", "test", group="told by nobody"),
+        row("b", "public"),
+    ]
+    asked = read_questions(Path(write(tmp_path / "rows.jsonl", rows)))
+    assert [(question.id, question.private) for question in asked] == [
+        ("t1", True),
+        ("t2", True),
+        ("t3", True),
+        ("t4", False),
+    ]
+    assert asked == [r.question for r in read(rows, tmp_path).test]
+
+
+def test_questions_as_runs_write_them_are_private_by_group_too(tmp_path: Path) -> None:
+    rows = [
+        {"id": "a", "domain": "law", "prompt": "Who?", "answer": " Ada", "group": "g", "private": True},
+        {"id": "b", "domain": "law", "prompt": "Who else?", "answer": " Bo", "group": "g", "split": "test"},
+        {"id": "c", "domain": "law", "answer": "plain", "private": True},
+        {"id": "d", "domain": "law", "answer": "plain"},
+    ]
+    asked = read_questions(Path(write(tmp_path / "rows.jsonl", rows)))
+    assert [(question.id, question.private) for question in asked] == [
+        ("a", True),
+        ("b", True),
+        ("c", True),
+        ("d", False),
+    ]
+
+
+def test_questions_need_no_split_and_no_domain(tmp_path: Path) -> None:
+    rows = [{"question": "Who?", "context": "A case.", "options": ["Bo", "Ada"], "answer_idx": 1}]
+    [question] = read_questions(Path(write(tmp_path / "rows.jsonl", rows)))
+    assert (question.domain, question.prompt, question.answer) == ("all", "A case.\nWho?\n", "Ada")
+    (tmp_path / "text.txt").write_text("One paragraph.\n\nAnother.\n")
+    [question] = read_questions(tmp_path / "text.txt")
+    assert (question.prompt, question.answer) == ("", "One paragraph.\n\nAnother.")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"question": "Who?", "answer": "Ada", "split": "public"}], "has no row whose split is test"),
+        ([{"question": "Who?"}], r"line 1 has no 'answer'"),
+        ([{"id": "a", "prompt": "Who?", "answer": 3, "domain": "law"}], r"line 1: answer: "),
+        (
+            [{"question": "Who?", "answer": "Ada", "private_group": "maybe"}],
+            "line 1: private_group must be true or false",
+        ),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_named(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"rows\.jsonl,? {message}"):
+        read_questions(Path(write(tmp_path / "rows.jsonl", rows)))

@@ -6,6 +6,7 @@ from deepfusion.artifacts import Checkpoint, Corpus, Upload
 from deepfusion.config import DevicePhase
 from deepfusion.data.documents import write_jsonl
 from deepfusion.encoders import embed
+from deepfusion.errors import InputError
 from deepfusion.phases.device import train_device
 from deepfusion.phases.upload import receive
 from tiny import FAST, HERE, PRIVATE, checkpoint, corpus, documents, folder, weights
@@ -82,8 +83,29 @@ def test_a_long_answer_is_the_users_mistake(context: int, text: Corpus, tmp_path
     write_jsonl(long.private("d-law"), documents([("Who? ", "Ann " * 30)], "law"))
     ancestor = checkpoint("gpt2", tmp_path / "gpt2", context=context)
     config = CONFIG.model_copy(update={"training": FAST.model_copy(update={"context": 80 - context})})
-    with pytest.raises(ValueError, match=r"the answer of document 'law-0' takes \d+ tokens and the context holds 14"):
+    with pytest.raises(InputError, match=r"the answer of document 'law-0' takes \d+ tokens and the context holds 14"):
         train(long, ancestor, tmp_path / "device", config)
+
+
+def test_an_encoder_that_is_none_is_the_users_mistake_and_found_first(
+    text: Corpus, ancestor: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deepfusion.phases.device.fit", lambda *_, **__: pytest.fail("it was trained for nothing"))
+    config = CONFIG.model_copy(update={"encoder": str(folder(tmp_path / "encoder"))})
+    with pytest.raises(InputError, match="encoder is not a checkpoint folder"):
+        train(text, ancestor, tmp_path / "device", config)
+
+
+def test_what_goes_wrong_in_training_is_the_devices_own(
+    text: Corpus, ancestor: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("shapes do not match")
+
+    monkeypatch.setattr("deepfusion.phases.device.fit", broken)
+    with pytest.raises(ValueError, match="shapes do not match") as raised:
+        train(text, ancestor, tmp_path)
+    assert not isinstance(raised.value, InputError)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,3 +1,5 @@
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -5,15 +7,17 @@ import pytest
 import torch
 
 from deepfusion.alignment import patch_membership
-from deepfusion.artifacts import Checkpoint, Proxy, Teaching, TransferSet, Upload
+from deepfusion.artifacts import Checkpoint, Proxy, Teaching, TransferSet, Upload, Work
 from deepfusion.checkpoints import open_model, open_tokenizer
 from deepfusion.config import DistillPhase, LogitsObjective, ProxyPhase, VAAObjective
 from deepfusion.data.batches import Tokenizer
-from deepfusion.data.documents import TransferDocument, read_jsonl
+from deepfusion.data.documents import TransferDocument, read_jsonl, write_jsonl
 from deepfusion.families import family
 from deepfusion.phases.distill import consult, distill
 from deepfusion.phases.proxy import average, name_of
 from deepfusion.signals import Signals
+from deepfusion.students import transfer_lessons
+from pico import normalise, pad_vocabulary
 from tiny import FAST, HERE, PRIVATE, PUBLIC, checkpoint, folder, transfer, upload, weights
 
 PLAIN = DistillPhase(objective=LogitsObjective(beta=3), training=FAST, teacher_top_k=5)
@@ -117,6 +121,84 @@ def test_features_are_standardised_over_documents(world: World, tmp_path: Path) 
     np.testing.assert_allclose(features.std((0, 2)), 1, atol=0.15)
 
 
+def test_what_others_wrote_and_a_teacher_cannot_spell_it_is_not_asked(world: World, tmp_path: Path) -> None:
+    odd = TransferDocument(id="odd", domain="x", answer="Cafe\u0301.", kind="sampled", writer="d-odd", cluster=0)
+    made = world.transfer.model_copy(update={"folder": folder(tmp_path / "transfer")})
+    write_jsonl(made.documents, [*read_jsonl(world.transfer.documents, TransferDocument), odd])
+    proxy = world.proxy.model_copy(update={"folder": tmp_path / "proxy"})
+    shutil.copytree(world.proxy.model, proxy.model)
+    for number, ids in enumerate((["d-law/a0", "d-law/a1", "odd"], ["d-law/a0", "d-law/a1"])):
+        told = consult(proxy, 0, made, PLAIN, into=folder(tmp_path / str(number)), runtime=HERE)
+        assert list(Signals.load(told.signals).of)[len(PUBLIC) :] == ids
+        normalise(proxy.model)
+
+
+@pytest.mark.parametrize("top_k", [5, None])
+def test_nothing_beyond_the_tokenizer_is_kept(top_k: int | None, world: World, tmp_path: Path) -> None:
+    """A vocabulary padded beyond its tokenizer's says what the same model says without."""
+    config = PLAIN.model_copy(update={"teacher_top_k": top_k})
+    wide = world.proxy.model_copy(update={"folder": tmp_path / "wide"})
+    shutil.copytree(world.proxy.model, wide.model)
+    pad_vocabulary(wide.model)
+    _, plain = asked(world, world.proxy, tmp_path / "plain", config)
+    _, padded = asked(world, wide, tmp_path / "padded", config)
+    for name, signal in plain.of.items():
+        np.testing.assert_allclose(padded.of[name].logprobs, signal.logprobs, atol=1e-5)
+        np.testing.assert_allclose(padded.of[name].topk_logprobs, signal.topk_logprobs, atol=1e-2)
+        assert padded.of[name].topk_ids.max() < len(Tokenizer(open_tokenizer(wide.model)).table)
+
+
+@pytest.mark.parametrize("config", [PLAIN, VAA], ids=["logits", "vaa"])
+def test_logits_of_large_vocabularies_come_in_blocks(
+    config: DistillPhase, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more of them exist at a time than the limit, and the teacher says the same."""
+    _, whole = asked(world, world.proxy, tmp_path / "whole", config)
+    sizes: list[int] = []
+    softmax = torch.log_softmax
+
+    def noted(values: torch.Tensor, dim: int) -> torch.Tensor:
+        sizes.append(values.numel())
+        return softmax(values, dim)
+
+    monkeypatch.setattr(torch, "log_softmax", noted)
+    monkeypatch.setattr("deepfusion.writing.LOGITS_AT_ONCE", 4000)
+    _, blocks = asked(world, world.proxy, tmp_path / "blocks", config)
+    assert 0 < max(sizes) <= 4000
+    assert sum(sizes) > 10 * 4000
+    assert list(blocks.of) == list(whole.of)
+    for name, signal in whole.of.items():
+        np.testing.assert_allclose(blocks.of[name].logprobs, signal.logprobs, atol=1e-5)
+        np.testing.assert_allclose(blocks.of[name].topk_logprobs, signal.topk_logprobs, atol=1e-2)
+        assert (blocks.of[name].topk_ids == signal.topk_ids).mean() > 0.95  # but for ties
+        if signal.features is not None:
+            np.testing.assert_allclose(blocks.of[name].features, signal.features, atol=1e-2)  # pyright: ignore[reportArgumentType]
+
+
+def test_what_was_noted_while_writing_stays_with_what_was_written(world: World, tmp_path: Path) -> None:
+    """A proxy that wrote is asked about public text too, of which nobody knows what was learned in private."""
+    into, name = folder(tmp_path / "transfer"), name_of(world.proxy)
+    found = list(read_jsonl(world.transfer.documents, TransferDocument))
+    written = [d.model_copy(update={"writer": name}) for d in found if d.writer == "d-law"]
+    write_jsonl(into / "documents.jsonl", [*[d for d in found if d.kind == "public"], *written])
+    kept = Signals.load(world.transfer.signals / "d-law.safetensors")
+    of = {
+        document: replace(signal, gain=np.arange(len(signal.ids)).astype(np.float16) / 8)
+        for document, signal in kept.of.items()
+    }
+    Signals(kept.tokenizer, kept.lineage, of).save(into / "signals" / f"{name}.safetensors")
+    made = world.transfer.model_copy(update={"folder": into})
+    told = consult(world.proxy, 0, made, PLAIN, into=folder(tmp_path / "told"), runtime=HERE)
+    signals = Signals.load(told.signals).of
+    assert [name for name, signal in signals.items() if signal.gain is not None] == ["d-law/a0", "d-law/a1"]
+    for document, signal in of.items():
+        np.testing.assert_array_equal(signals[document].gain, signal.gain)  # pyright: ignore[reportArgumentType]
+    lessons = transfer_lessons(world.base, made, [told], FAST, ask="proxies", objective=LogitsObjective(focus=2.0))
+    plain = transfer_lessons(world.base, made, [told], FAST, ask="proxies", objective=LogitsObjective(focus=0.0))
+    changed = [not np.array_equal(one.weights, other.weights) for one, other in zip(lessons, plain, strict=True)]
+    assert changed == [False] * len(PUBLIC) + [True] * 2
+
+
 def test_what_a_teacher_cannot_read_it_is_not_asked(world: World, tmp_path: Path) -> None:
     """The long document is left out; the student then learns it from its labels."""
     short = checkpoint("gpt2", tmp_path / "short", context=24)
@@ -134,12 +216,12 @@ def test_what_a_teacher_cannot_read_it_is_not_asked(world: World, tmp_path: Path
 
 def learnt(
     world: World, into: Path, config: DistillPhase = PLAIN, cluster: int | None = None, told: tuple[Teaching, ...] = (),
-    text: TransferSet | None = None,
+    text: TransferSet | None = None, paid: tuple[TransferSet, ...] = (),
 ) -> Checkpoint:  # fmt: skip
     budget = 3.0 * world.base.active_parameters * 400
     return distill(
-        world.base, text or world.transfer, told, config, budget=budget, cluster=cluster, seed=0, into=folder(into),
-        runtime=HERE,
+        world.base, text or world.transfer, told, config, budget=budget, cluster=cluster, paid=paid, seed=0,
+        into=folder(into), runtime=HERE,
     )  # fmt: skip
 
 
@@ -150,6 +232,13 @@ def test_joint_and_branch_spend_their_budget(world: World, tmp_path: Path) -> No
         assert student.lineage == world.base.lineage
         assert student.losses[-1][1] < student.losses[0][1]
     assert learnt(world, tmp_path / "again").digest == Checkpoint.load(tmp_path / "None").digest
+
+
+def test_what_was_made_for_a_training_is_part_of_its_budget(world: World, tmp_path: Path) -> None:
+    made = world.transfer.model_copy(update={"work": Work(tokens=1, forward=3.0 * world.base.active_parameters * 200)})
+    student = learnt(world, tmp_path / "student", paid=(made,))
+    assert 200 <= student.work.tokens < 200 + FAST.rows * FAST.context
+    assert learnt(world, tmp_path / "free", paid=()).digest == learnt(world, tmp_path / "plain").digest
 
 
 def test_a_branch_may_change_its_ffns_alone(world: World, tmp_path: Path) -> None:

@@ -56,6 +56,18 @@ def test_means_are_of_what_enters_the_ffn(tmp_path: Path) -> None:
     torch.testing.assert_close(spread[1], (torch.cat(seen) @ rows[1].T).std(correction=0), rtol=1e-4, atol=1e-5)
 
 
+def test_nobody_asks_for_logits(tmp_path: Path) -> None:
+    """With a large vocabulary they would be most of the work, and of the memory."""
+    model = open_model(pico("llama", tmp_path))
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the head was run")
+
+    model.get_output_embeddings().register_forward_pre_hook(refuse)  # pyright: ignore[reportOptionalMemberAccess]
+    hidden_means(model, TEXT)
+    logit_spread(model, TEXT, torch.zeros(2, 2, 32))
+
+
 def test_cluster_without_text_says_nothing(tmp_path: Path) -> None:
     model = open_model(pico("llama", tmp_path))
     means = hidden_means(model, [*TEXT, []])

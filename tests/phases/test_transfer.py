@@ -11,10 +11,10 @@ from deepfusion.artifacts import Proxy, TransferSet, Upload, Writing
 from deepfusion.checkpoints import open_tokenizer
 from deepfusion.config import DevicePhase, ProxyPhase, TransferPhase
 from deepfusion.data.batches import Tokenizer
-from deepfusion.data.documents import TransferDocument, read_jsonl
+from deepfusion.data.documents import Document, TransferDocument, read_jsonl
 from deepfusion.phases.device import train_device
 from deepfusion.phases.proxy import average, name_of
-from deepfusion.phases.transfer import NOTICE, Writer, _shares, gather, write_cluster
+from deepfusion.phases.transfer import NOTICE, Writer, _shares, _who_answers, gather, write_cluster
 from deepfusion.signals import Signals
 from deepfusion.writing import Written
 from tiny import FAST, HERE, PRIVATE, PUBLIC, checkpoint, clusters, corpus, folder, said
@@ -92,6 +92,32 @@ def test_what_is_kept_is_what_the_writer_thought(world: World, tmp_path: Path) -
         assert signal.topk_ids.shape == (len(signal.ids), 3)
 
 
+def test_what_the_ancestor_thinks_is_kept_on_demand(world: World, tmp_path: Path) -> None:
+    """For devices and proxies, and nothing else changes."""
+    proxy = average(world.uploads[:1], 0, ProxyPhase(), into=folder(tmp_path / "proxy"))
+    for name, model in (("d-law", world.uploads[0]), (name_of(proxy), proxy)):
+        plain, kept = (
+            write_cluster(
+                0, [model], world.ancestors, world.clusters, world.corpus, CONFIG, encoder="hashing", seed=0,
+                into=folder(tmp_path / f"{name}-{len(more)}"), runtime=HERE, **more,
+            )
+            for more in ({}, {"keep_before": True})
+        )  # fmt: skip
+        assert (plain.work, plain.counts, read(plain)) == (kept.work, kept.counts, read(kept))
+        was, now = (Signals.load(made.signals / f"{name}.safetensors").of for made in (plain, kept))
+        assert list(was) == list(now)
+        for told, signal in zip(was.values(), now.values(), strict=True):
+            np.testing.assert_array_equal(told.gain, signal.gain)  # pyright: ignore[reportArgumentType]
+            assert told.before is None
+            assert signal.before is not None
+            assert signal.before_topk is not None
+            assert told.gain is not None
+            written = np.isfinite(signal.logprobs)
+            learned = np.maximum(signal.logprobs - signal.before, 0)[written]
+            np.testing.assert_allclose(learned, told.gain[written], rtol=2e-3, atol=1e-3)
+            assert signal.before_topk.shape == signal.topk_ids.shape
+
+
 def test_equal_seeds_give_equal_writings(world: World, tmp_path: Path) -> None:
     digests = [
         world.write(0, world.uploads[:1], tmp_path / str(n), s, temperature=1.5).digest for n, s in enumerate((0, 0, 1))
@@ -116,6 +142,18 @@ def test_who_is_at_home_answers(world: World, tmp_path: Path) -> None:
     )  # fmt: skip
     assert sum(twice.counts.values()) == 8
     assert twice.work.forward > made.work.forward > 0
+
+
+def test_finding_out_who_is_at_home_is_charged_as_it_is_done(world: World) -> None:
+    """Each writer is asked once, and so is the ancestor that they share."""
+    tokenizer = Tokenizer(open_tokenizer(world.ancestor.folder))
+    questions = list(read_jsonl(world.corpus.questions, Document))
+    once = sum(1 + len(tokenizer.encode(question.prompt)[0]) for question in questions)
+    writers = [Writer.of(upload, {}) for upload in world.uploads]
+    for count in (1, 2):
+        _, work = _who_answers(writers[:count], world.ancestors, questions, CONFIG, HERE)
+        assert work.tokens == (1 + count) * once
+        assert work.token_parameters == work.tokens * world.ancestor.active_parameters
 
 
 def test_proxies_write_under_their_own_name(world: World, tmp_path: Path) -> None:

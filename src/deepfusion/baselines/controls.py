@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deepfusion import checkpoints
-from deepfusion.artifacts import Checkpoint, Corpus, Teaching, TransferSet
+from deepfusion.artifacts import Artifact, Checkpoint, Corpus, Teaching, TransferSet
 from deepfusion.config import DistillPhase, EvaluatePhase, Runtime
 from deepfusion.data.batches import Tokenizer, lessons
 from deepfusion.data.documents import Document, read_jsonl
+from deepfusion.families import family
 from deepfusion.phases.distill import distill
 from deepfusion.students import PLAIN, learn, tokens_within, transfer_lessons
 
@@ -33,8 +34,14 @@ def pooled_text(
     into: Path,
     runtime: Runtime,
 ) -> Checkpoint:
-    """Plain cross-entropy on exactly the transfer text, dense or MoE; asking teachers counts as budget not spent."""
+    """Plain cross-entropy on exactly the transfer text, dense or MoE; asking teachers counts as budget not spent.
+
+    Args:
+        budget: token-parameters, forward and backward; what measuring a MoE's router took is part of it, as in tuning.
+    """
     budget += sum(teaching.work.token_parameters for teaching in teachings)
+    if family(model.model_type).routes:
+        budget -= model.work.token_parameters
     text = transfer_lessons(model, transfer, (), config.training)
     return learn(
         model,
@@ -56,12 +63,16 @@ def dense_kd(
     config: DistillPhase,
     *,
     budget: float,
+    paid: Sequence[Artifact] = (),
     seed: int,
     into: Path,
     runtime: Runtime,
 ) -> Checkpoint:
-    """The joint stage with the whole budget: what a dense student of equal active size makes of the same teachers."""
-    return distill(base, transfer, teachings, config, budget=budget, seed=seed, into=into, runtime=runtime)
+    """The joint stage with the whole budget: what a dense student of equal active size makes of the same teachers.
+
+    `paid` is what was made for it alone, and took part of that budget.
+    """
+    return distill(base, transfer, teachings, config, budget=budget, paid=paid, seed=seed, into=into, runtime=runtime)
 
 
 def centralized(
@@ -84,8 +95,9 @@ def centralized(
     }
     for document in read_jsonl(corpus.public, Document):
         documents.setdefault(document.text, document)
-    text = lessons(documents.values(), tokenizer, distilling.training)
-    heldout = lessons(read_jsonl(corpus.heldout, Document), tokenizer, distilling.training)
+    longest = getattr(checkpoints.open_config(moe.folder), "max_position_embeddings", None)
+    text = lessons(documents.values(), tokenizer, distilling.training, longest)
+    heldout = lessons(read_jsonl(corpus.heldout, Document), tokenizer, distilling.training, longest)
     return learn(
         moe,
         text,

@@ -119,38 +119,50 @@ def taught(
     tokenizer: Tokenizer,
     training: Training,
     *,
+    vocabulary: int | None = None,
     cluster: int = -1,
     patches: int = 0,
 ) -> Lesson | None:
-    """A document with its teacher's signal, in the student's tokens; None when it does not fit the context.
+    """A document with its teacher's signal, in the student's tokens; None when it does not fit the student.
 
     With equal tokenizers the teacher's own tokens are kept, so every position has its distribution. Otherwise the
     document is tokenised anew and the teacher speaks through the likelihood of the chunks that both tokenizations
     share.
+
+    Args:
+        document: as it was written or asked about.
+        signal: what the teacher said of it.
+        teacher: whose tokenizer and lineage that is.
+        tokenizer: the student's.
+        training: the longest lesson, and the weight of an answer.
+        vocabulary: size of the student's head, in which models with one tokenizer can differ; none: the tokenizer's.
+            What a teacher kept beyond it joins the rest of the teacher's distribution.
+        cluster: the cluster that knows the document.
+        patches: patches of features to take along; 0: none.
     """
     same = teacher.tokenizer == tokenizer.fingerprint
+    vocabulary = min(vocabulary or len(tokenizer.table), len(tokenizer.table))
     if same:
         ids, ends = signal.ids.astype(np.int64), signal.ends
     else:
-        inner, inner_ends = tokenizer.encode(document.text)
-        ids = np.array([tokenizer.start, *inner, tokenizer.end], np.int64)
-        ends = np.array([0, *inner_ends, inner_ends[-1] if inner_ends else 0], np.int32)
-    if len(ids) > training.context:
+        ids, ends = spelt(document.text, tokenizer)
+    if len(ids) > training.context or ids.max() >= vocabulary:
         return None
     answer_from = len(document.prompt.encode())
     weights = np.where(ends > answer_from, training.answer_weight, 1.0).astype(np.float32)
     weights[0] = 0.0
     extra: dict[str, Any] = {"gain": _gain_at(ends, signal, same)}
     if same:
-        extra["topk_ids"] = signal.topk_ids.astype(np.int64)
-        extra["topk_logprobs"] = signal.topk_logprobs.astype(np.float32)
+        known = signal.topk_ids < vocabulary
+        extra["topk_ids"] = np.where(known, signal.topk_ids, 0).astype(np.int64)
+        extra["topk_logprobs"] = np.where(known, signal.topk_logprobs, -np.inf).astype(np.float32)
     else:
         chunk, chunk_logprobs = _chunks(ends, signal)
         extra["chunk"], extra["chunk_logprobs"] = chunk, chunk_logprobs
     if patches and signal.features is not None:
         total = len(document.text.encode())
         pairs = alignment.patch_membership([int(e) for e in ends[1:-1]], total, patches)
-        extra["pool"] = np.array([(token + 1, patch) for token, patch in pairs], np.int64)
+        extra["pool"] = np.array([(token + 1, patch) for token, patch in pairs], np.int64).reshape(-1, 2)
         extra["features"], extra["lineage"] = signal.features, teacher.lineage
     return Lesson(ids=ids, weights=weights, cluster=cluster, **extra)
 
@@ -176,7 +188,8 @@ def _gain_at(ends: np.ndarray, signal: Signal, same: bool) -> np.ndarray | None:
     """Gain of every student token: the teacher's own where tokens are the same, else that of the byte it ends on."""
     if signal.gain is None:
         return None
-    gain = np.minimum(signal.gain.astype(np.float32), MAX_GAIN)
+    # Signals are read from disk: one NaN here would be in the weight of all written text.
+    gain = np.clip(np.nan_to_num(signal.gain.astype(np.float32), nan=0.0), 0.0, MAX_GAIN)
     if same:
         return gain
     # A token's last byte belongs to the teacher's first token that ends there or later; the end token to the end token.
@@ -184,18 +197,34 @@ def _gain_at(ends: np.ndarray, signal: Signal, same: bool) -> np.ndarray | None:
     return np.concatenate([gain[:1], gain[np.minimum(place, len(gain) - 1)], gain[-1:]])
 
 
+def spelt(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """A text's tokens `[n]` int64 with start and end tokens, and the byte at which each ends, `[n]` int32."""
+    inner, ends = tokenizer.encode(text)
+    ids = np.array([tokenizer.start, *inner, tokenizer.end], np.int64)
+    return ids, np.array([0, *ends, ends[-1] if ends else 0], np.int32)
+
+
+def chunk_spans(ends: np.ndarray, teacher_ends: np.ndarray) -> list[tuple[int, int, int, int]]:
+    """(from, to, teacher's from, teacher's to) of every chunk: tokens of two tokenizations that cover the same bytes.
+
+    The end token is a chunk of its own; the start token is in none.
+
+    Args:
+        ends: the byte at which each student token ends, with start and end tokens.
+        teacher_ends: the same of the teacher's tokens.
+    """
+    groups = alignment.chunks([int(e) for e in ends[1:-1]], [int(e) for e in teacher_ends[1:-1]])
+    spans = [(1 + a, 1 + b, 1 + c, 1 + d) for a, b, c, d in groups]
+    return [*spans, (len(ends) - 1, len(ends), len(teacher_ends) - 1, len(teacher_ends))]
+
+
 def _chunks(ends: np.ndarray, signal: Signal) -> tuple[np.ndarray, np.ndarray]:
     """Chunk of every student token (−1 where the teacher has no opinion), and the teacher's log-likelihood of every
     chunk.
-
-    The end token is a chunk of its own.
     """
-    groups = alignment.chunks([int(e) for e in ends[1:-1]], [int(e) for e in signal.ends[1:-1]])
-    spans = [(1 + a, 1 + b, 1 + c, 1 + d) for a, b, c, d in groups]
-    spans.append((len(ends) - 1, len(ends), len(signal.ends) - 1, len(signal.ends)))
     chunk = np.full(len(ends), -1, np.int64)
     logprobs: list[float] = []
-    for a_from, a_to, b_from, b_to in spans:
+    for a_from, a_to, b_from, b_to in chunk_spans(ends, signal.ends):
         likelihood = float(signal.logprobs[b_from:b_to].sum())
         if np.isfinite(likelihood):
             chunk[a_from:a_to] = len(logprobs)

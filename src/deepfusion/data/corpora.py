@@ -7,18 +7,24 @@ device`. A group is handed to devices whole; one that any row marks `private_gro
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from random import Random
 from typing import Any, Literal
+
+from pydantic import ValidationError
 
 from deepfusion.config import FileData, TextSource
 from deepfusion.data.documents import Document, Question
 from deepfusion.data.tables import read_table
+from deepfusion.errors import InputError
 
 SPLITS = ("private", "public", "test")
+PROMPT: str = FileData.model_fields["prompt"].default
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ def read_text(config: FileData, seed: int) -> Text:
     device could know it.
 
     Raises:
-        ValueError: names the file and line of the first row that cannot be used, the private group that is public, or
+        InputError: names the file and line of the first row that cannot be used, the private group that is public, or
             the purpose for which no row is left.
     """
     prompt_parts(config.prompt)
@@ -86,7 +92,7 @@ def read_text(config: FileData, seed: int) -> Text:
     if config.domains is not None:
         there = {row.domain for row in rows}
         if unknown := sorted(set(config.domains) - there):
-            raise ValueError(
+            raise InputError(
                 f"data.source.domains names {unknown[0]!r}, but the text of {_names(config)} is about "
                 f"{', '.join(sorted(there))}"
             )
@@ -103,26 +109,59 @@ def read_text(config: FileData, seed: int) -> Text:
     counts["left_out_test_of_no_device"] = len(tests) - len(test)
     for name, kept in (("private", private), ("public", public), ("test", test)):
         if not kept:
-            raise ValueError(
+            raise InputError(
                 f"no {name} text is left of {len(rows)} rows of {_names(config)}: check `split` and `where`"
             )
     domains = tuple(sorted({row.domain for row in rows}))
     return Text(domains, tuple(private), tuple(heldout), tuple(public), tuple(test), dict(counts))
 
 
+def read_questions(data: Path) -> list[Question]:
+    """The test questions of a file: of the format of `Question`, or rows of real data, prompted as a run prompts them.
+
+    Of rows with a split, those of the test count; whether a group is private is decided by all of its rows. A row
+    without a domain is of the domain `all`.
+
+    Raises:
+        InputError: names the file and line that cannot be used, or the file without test rows.
+    """
+    source = TextSource(path=str(data))
+    questions: list[Question] = []
+    marks: list[tuple[str, bool]] = []
+    for origin, columns in read_table(source):
+        raw = {name: value for name, value in columns.items() if value is not None}
+        plain = data.suffix == ".txt"
+        if "question" not in raw and not plain:
+            question = _question(origin, {name: value for name, value in raw.items() if name != "split"})
+        else:
+            question = _row(origin, {"domain": "all", "split": "test"} | raw, source, PROMPT).question
+        marks.append((question.group or question.id, question.private))
+        if raw.get("split", "test") == "test":
+            questions.append(question)
+    if not questions:
+        raise InputError(f"{data} has no row whose split is test: there is nothing to evaluate on")
+    private = private_groups(marks)
+    return [one.model_copy(update={"private": (one.group or one.id) in private}) for one in questions]
+
+
+def private_groups(marks: Iterable[tuple[str, bool]]) -> set[str]:
+    """Of (group, marked private) pairs, the groups that are private: if any row of a group is, the whole group is."""
+    return {group for group, private in marks if private}
+
+
 def prompt_parts(template: str) -> list[str]:
     """The lines of a prompt template, ends kept.
 
     Raises:
-        ValueError: the template has an unknown field, or no question.
+        InputError: the template has an unknown field, or no question.
     """
     fields = re.findall(r"\{(.*?)\}", template)
     if unknown := [field for field in fields if field not in ("context", "question")]:
-        raise ValueError(
+        raise InputError(
             f"prompt template {template!r} has unknown field {unknown[0]!r}: use {{context}} and {{question}}"
         )
     if "question" not in fields:
-        raise ValueError(f"prompt template {template!r} has no {{question}}")
+        raise InputError(f"prompt template {template!r} has no {{question}}")
     return template.splitlines(keepends=True)
 
 
@@ -149,7 +188,7 @@ def _rows(source: TextSource, config: FileData, counts: Counter[str]) -> list[Ro
             rows.append(row)
     counts["rows_read"] += read
     if not rows:
-        raise ValueError(
+        raise InputError(
             f"{source.path or source.dataset}: none of {read} rows is kept: check `where` and max_answer_bytes"
         )
     return rows
@@ -157,6 +196,14 @@ def _rows(source: TextSource, config: FileData, counts: Counter[str]) -> list[Ro
 
 def _matches(value: Any, prefix: str) -> bool:
     return value is not None and str(value).startswith(prefix)
+
+
+def _question(origin: str, fields: Mapping[str, Any]) -> Question:
+    try:
+        return Question.model_validate_json(json.dumps(fields))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise InputError(f"{origin}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
 
 
 def _get(raw: Mapping[str, Any], source: TextSource, field: str) -> Any:
@@ -169,25 +216,25 @@ def _row(origin: str, raw: Mapping[str, Any], source: TextSource, template: str)
         value = default if value is None else str(value)
         if value is None or not value.strip():
             state = "no" if value is None else "an empty"
-            raise ValueError(f"{origin} has {state} {source.columns.get(field, field)!r}")
+            raise InputError(f"{origin} has {state} {source.columns.get(field, field)!r}")
         return value
 
     def known(field: str, override: str | None) -> str:
         if override is not None:
             return override
         if _get(raw, source, field) is None:
-            raise ValueError(f"{origin} has no {field!r}: add the column, or set `{field}` of the source")
+            raise InputError(f"{origin} has no {field!r}: add the column, or set `{field}` of the source")
         return text(field)
 
     split = known("split", source.split)
     if split not in SPLITS:
-        raise ValueError(f"{origin} has split {split!r}: it must be one of {', '.join(SPLITS)}")
+        raise InputError(f"{origin} has split {split!r}: it must be one of {', '.join(SPLITS)}")
     options, index = _options(origin, raw, source)
     answer = text("answer", options[index] if options and index is not None else None)
     if options and split == "test":
         index = options.index(answer) if index is None and answer in options else index
         if index is None or options[index] != answer:
-            raise ValueError(f"{origin}: the answer {answer[:40]!r} is not the option that `answer_idx` names")
+            raise InputError(f"{origin}: the answer {answer[:40]!r} is not the option that `answer_idx` names")
     whole = source.path is not None and source.path.endswith(".txt")  # plain text has nothing to ask
     context = _get(raw, source, "context")
     name = text("id")
@@ -211,9 +258,9 @@ def _options(origin: str, raw: Mapping[str, Any], source: TextSource) -> tuple[t
     if options is None:
         return None, None
     if not isinstance(options, list) or len(options) < 2:
-        raise ValueError(f"{origin}: options must be a list of two or more")
+        raise InputError(f"{origin}: options must be a list of two or more")
     if index is not None and not (isinstance(index, int) and 0 <= index < len(options)):
-        raise ValueError(f"{origin}: answer_idx {index!r} is not an index of {len(options)} options")
+        raise InputError(f"{origin}: answer_idx {index!r} is not an index of {len(options)} options")
     return tuple(str(option) for option in options), index
 
 
@@ -221,7 +268,7 @@ def _flag(origin: str, value: Any) -> bool:
     flags = {None: False, False: False, True: True, "false": False, "true": True}
     value = value.lower() if isinstance(value, str) else value
     if value not in flags:
-        raise ValueError(f"{origin}: private_group must be true or false, not {value!r}")
+        raise InputError(f"{origin}: private_group must be true or false, not {value!r}")
     return flags[value]
 
 
@@ -245,14 +292,14 @@ def _limited(rows: list[Row], limit: int | None, seed: str, counts: Counter[str]
 
 def _marked(rows: list[Row]) -> list[Row]:
     """Mark every row of a private group; refuse ids that come twice and private groups that are public."""
-    private = {row.group for row in rows if row.private}
+    private = private_groups((row.group, row.private) for row in rows)
     seen: dict[str, str] = {}
     for row in rows:
         if row.id in seen:
-            raise ValueError(f"{row.origin}: id {row.id!r} was used before, by {seen[row.id]}")
+            raise InputError(f"{row.origin}: id {row.id!r} was used before, by {seen[row.id]}")
         seen[row.id] = row.origin
         if row.split == "public" and row.group in private:
-            raise ValueError(f"{row.origin}: group {row.group!r} is marked private_group, yet this row is public")
+            raise InputError(f"{row.origin}: group {row.group!r} is marked private_group, yet this row is public")
     return [replace(row, private=row.group in private) for row in rows]
 
 

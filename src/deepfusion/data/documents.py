@@ -9,6 +9,8 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from deepfusion.errors import InputError
+
 R = TypeVar("R", bound=BaseModel)
 
 
@@ -67,7 +69,7 @@ def read_jsonl(path: Path, record: type[R]) -> Iterator[R]:
     """Yield one record a line.
 
     Raises:
-        ValueError: names the file and line that is not a valid record.
+        InputError: names the file and line that is not a valid record.
     """
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
@@ -76,7 +78,7 @@ def read_jsonl(path: Path, record: type[R]) -> Iterator[R]:
             except ValidationError as error:
                 fault = error.errors()[0]
                 where = ".".join(str(part) for part in fault["loc"])
-                raise ValueError(f"{path}, line {number}: {where}: {fault['msg']}") from None
+                raise InputError(f"{path}, line {number}: {where}: {fault['msg']}") from None
 
 
 def write_jsonl(path: Path, records: Iterable[BaseModel]) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deepfusion.config import TextSource
+from deepfusion.errors import InputError
 
 PARAGRAPH_BYTES = 1000
 
@@ -16,14 +17,14 @@ def read_table(source: TextSource) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield each raw row of a source with its origin ("file, line n").
 
     Raises:
-        ValueError: the file is missing, empty or not UTF-8, or a line is no JSON object.
+        InputError: the file is missing, empty or not UTF-8, or a line is no JSON object.
     """
     if source.dataset is not None:
         yield from _dataset(source)
         return
     path = Path(str(source.path))
     if path.suffix not in (".jsonl", ".txt"):
-        raise ValueError(
+        raise InputError(
             f"{path}: text is read from .jsonl and .txt files only (others: `dataset: json`, csv, parquet)"
         )
     lines = _lines(path)
@@ -34,15 +35,15 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
     if not content.strip():
-        raise ValueError(f"{path} is empty")
+        raise InputError(f"{path} is empty")
     for number, line in enumerate(content.splitlines(), 1):
         origin = f"{path}, line {number}"
         try:
             yield origin, line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{origin} is not UTF-8 (byte {error.start}): save the file as UTF-8") from None
+            raise InputError(f"{origin} is not UTF-8 (byte {error.start}): save the file as UTF-8") from None
 
 
 def _objects(path: Path, lines: Iterable[tuple[str, str]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -52,9 +53,9 @@ def _objects(path: Path, lines: Iterable[tuple[str, str]]) -> Iterator[tuple[str
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{origin} is not JSON: {error.msg} (column {error.colno})") from None
+            raise InputError(f"{origin} is not JSON: {error.msg} (column {error.colno})") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{origin} is not a JSON object: {line[:40]}")
+            raise InputError(f"{origin} is not a JSON object: {line[:40]}")
         yield origin, {"id": f"{path.stem}-{number}", **row}
 
 
@@ -87,12 +88,12 @@ def _dataset(source: TextSource) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         table = datasets.load_dataset(name, **source.arguments)
     except (OSError, ValueError, DatasetsError) as error:
-        raise ValueError(f"dataset {name} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise InputError(f"dataset {name} cannot be loaded: {' '.join(str(error).split())}") from error
     if isinstance(table, dict):
         if len(table) > 1:
-            raise ValueError(f"dataset {name} has the parts {', '.join(map(str, table))}: set `arguments.split`")
+            raise InputError(f"dataset {name} has the parts {', '.join(map(str, table))}: set `arguments.split`")
         (table,) = table.values()
     if not len(table):
-        raise ValueError(f"dataset {name} is empty")
+        raise InputError(f"dataset {name} is empty")
     for number, row in enumerate(table, 1):
         yield f"dataset {name}, row {number}", {"id": f"{Path(name).name}-{number}", **row}

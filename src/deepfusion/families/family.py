@@ -37,6 +37,11 @@ class Family:
     windows: Literal["none", "all_layers", "by_layer"] = "none"
     """Which layers attend through a sliding window where the config sets one."""
 
+    @property
+    def routes(self) -> bool:
+        """Whether a router chooses among experts."""
+        return any(role == "router" for _, role in self.roles)
+
     def role(self, name: str) -> Role:
         """What a tensor is for, by its name in memory or on disk.
 

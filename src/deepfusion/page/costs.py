@@ -10,9 +10,33 @@ from markupsafe import Markup
 from deepfusion import figures
 from deepfusion.artifacts import Work
 from deepfusion.findings import RESULT, Compute, Findings
-from deepfusion.page.parts import Section, Table, label
+from deepfusion.labels import label, left_out
+from deepfusion.page.parts import Section, Table
 
 Totals = tuple[int, float, float, float, float]  # tokens; token-parameters: forward, backward, both, critical path
+PHASES = {
+    "data": "corpus made or read",
+    "make": "small models made and trained",
+    "take": "given models checked",
+    "device": "devices' training",
+    "upload": "uploads checked",
+    "cluster": "devices grouped",
+    "proxy": "models averaged",
+    "write": "devices' models answer and write",
+    "transfer": "all that teaches gathered",
+    "shift": "what devices learned put on top of the base",
+    "consult": "teachers asked",
+    "joint": "joint student trained",
+    "branch": "branches trained",
+    "assemble": "branches made into one MoE",
+    "tune": "MoE tuned",
+    "upcycle": "copies of the base made into an MoE, for references",
+    "pooled_text": "control trained",
+    "pooled_text_dense": "control trained",
+    "dense_kd": "control trained",
+    "centralized": "upper bound trained",
+    "evaluate": "test questions answered",
+}
 UNITS = ((1e15, "10¹⁵ "), (1e12, "10¹² "), (1e9, "10⁹ "), (1e6, "10⁶ "), (1e3, "10³ "), (1.0, ""))
 
 
@@ -35,8 +59,9 @@ def compute(findings: Findings) -> Section | None:
     heads = ["system", "part", "tokens", "forward", "backward", "together", "critical path", "ratio"]
     text = (
         f"In {unit}token-parameters: a forward pass of one token counts the matrix parameters it passes through, a "
-        "backward pass twice as many. Teachers' passes are included. Critical path: with a worker for each copy that "
-        "can train alone. Ratio: to this run's total."
+        "backward pass twice as many. What devices train is not among it; what their models write at the server is. "
+        "Critical path: what must happen in sequence when every branch has a worker of its own. Ratio: to this run's "
+        "total."
     )
     table = Table(heads, rows, texts=2, strong=frozenset(strong))
     return Section("compute", "Server compute", [text], tables=[table])
@@ -59,10 +84,16 @@ def traffic(findings: Findings) -> Section | None:
     devices, server = findings.peaks()
     if not up and not devices:
         return None
-    sent, received = figures.size(sum(up.values())), figures.size(sum(findings.bytes_down.values()))
-    text = f"Devices sent {sent} in all and were sent {received}; raw text was never sent."
+    sent, received = sum(up.values()), sum(findings.bytes_down.values())
+    text = [f"Devices sent {figures.size(sent)} in all, no raw text among it."] if sent else []
+    text += [f"They were sent {figures.size(received)}."] if received else []
+    if devices or server is not None:
+        text.append(
+            "Memory is the peak of the step's process on the machine that ran it, libraries included, so tiny models "
+            "show mostly those; the server's is that of its largest step."
+        )
     figure = Markup(figures.costs(up, devices, server))
-    return Section("traffic", "Communication and memory", [text], figures=[figure])
+    return Section("traffic", "Communication and memory", [" ".join(text)], figures=[figure])
 
 
 def time(findings: Findings) -> Section | None:
@@ -73,20 +104,22 @@ def time(findings: Findings) -> Section | None:
     for name in dict.fromkeys(step.name for step in findings.steps):
         steps = [step for step in findings.steps if step.name == name]
         peaks = [step.peak_bytes for step in steps if step.peak_bytes is not None]
-        numbers = [len(steps), sum(step.cached for step in steps)]
         seconds = [sum(step.seconds for step in steps), sum(step.cpu_seconds for step in steps)]
         tokens = sum(step.tokens or 0 for step in steps)
-        row = [name, *(f"{number:,}" for number in numbers), *(f"{number:,.1f}" for number in seconds)]
+        row = [name, PHASES.get(name, ""), f"{len(steps):,}", *(f"{number:,.1f}" for number in seconds)]
         rows.append([*row, f"{tokens:,}" if tokens else "", figures.size(max(peaks)) if peaks else ""])
-    heads = ["phase", "steps", "found done", "seconds", "processor seconds", "tokens", "peak memory"]
-    text = "Seconds are summed over steps, several of which run at a time; what was found done counts as it was."
-    return Section("time", "Time", [text], tables=[Table(heads, rows)])
+    heads = ["phase", "what it does", "steps", "seconds", "processor seconds", "tokens", "peak memory"]
+    text = (
+        "Summed over steps, several of which run at a time. Every step's time is that of the run that did the work, "
+        "also where a later run found it done."
+    )
+    return Section("time", "Time", [text], tables=[Table(heads, rows, texts=2)])
 
 
 def remarks(findings: Findings) -> Section:
     """Who was left out, and what a reader should be warned of."""
     rejected = findings.intake.rejected if findings.intake else ()
-    items = [f"Left out: {rejection.device}: {rejection.reason}" for rejection in rejected] + findings.all_warnings()
+    items = [f"Left out: {left_out(r.device, r.reason)}" for r in rejected] + findings.all_warnings()
     return Section("remarks", "Left out, and warnings", items=items or ["No device was left out, nothing to warn of."])
 
 

@@ -9,10 +9,43 @@ from markupsafe import Markup
 
 from deepfusion import figures
 from deepfusion.findings import RESULT, Findings
-from deepfusion.page.parts import Section, Table, label, listed, percent, signed
+from deepfusion.labels import METRICS, label
+from deepfusion.page.parts import Section, Table, listed, percent, signed
 
 WRITTEN_BY_DEVICES = "Devices' models wrote some of this text: it can repeat private text word for word."
 EVERY_EXPERT = "No expert is dead: each serves 1 % of the tokens or more in every layer."
+COUNTS = {
+    "rows_read": "rows read",
+    "left_out_by_where": "rows left out: not what where asks for",
+    "left_out_long_answers": "rows left out: the answer is longer than max_answer_bytes",
+    "left_out_over_max_rows": "rows left out: beyond max_rows",
+    "left_out_test_of_no_device": "test rows left out: about what no device holds",
+    "private_facts": "private facts",
+    "public_facts": "public facts",
+    "private": "private documents",
+    "private_held": "private documents on devices; what several hold counts several times",
+    "heldout": "private documents kept aside, to tell when centralised training has converged",
+    "public": "public documents",
+    "questions": "public questions without their answers, for devices' models to answer",
+    "test": "test questions",
+    "test_private": "of these, what only devices know",
+}
+KINDS = {
+    "public": "public: the server's own text",
+    "answered": "answered: public questions, answered by devices' models",
+    "sampled": "sampled: written by devices' models",
+}
+
+
+def corpus(findings: Findings) -> Section | None:
+    """What there is to learn and to be asked, and what was left out."""
+    if findings.corpus is None or not findings.corpus.counts:
+        return None
+    counts = findings.corpus.counts
+    names = [name for name in COUNTS if counts.get(name)] + [name for name in counts if name not in COUNTS]
+    rows = [[COUNTS.get(name, name.replace("_", " ")), f"{counts[name]:,}"] for name in names]
+    text = f"Domains: {listed(findings.corpus.domains)}."
+    return Section("text", "Text", [text], tables=[Table(["what", "number"], rows)])
 
 
 def clusters(findings: Findings) -> Section | None:
@@ -32,7 +65,8 @@ def clusters(findings: Findings) -> Section | None:
         members.append([str(cluster), listed(group), models, shares, written])
     tables = [Table(["cluster", "devices", "models", "their documents", "texts written"], members, texts=4)]
     if findings.proxies:
-        heads, caption = ["cluster", "proxy", "mean of", "distance"], "Distance: relative L2, of the farthest member."
+        heads = ["cluster", "proxy", "mean of", "distance"]
+        caption = "Distance of the farthest member's weights from the mean, relative L2; 0 where there is one member."
         taught = [
             [str(proxy.cluster), proxy.model_type, listed(proxy.members), f"{proxy.distance:.3f}"]
             for proxy in sorted(findings.proxies, key=lambda proxy: (proxy.cluster, proxy.lineage))
@@ -40,7 +74,11 @@ def clusters(findings: Findings) -> Section | None:
         tables.append(Table(heads, taught, texts=3, caption=caption))
     groups = [found.of(device) for device in found.devices]
     figure = Markup(figures.similarity(found.similarity, found.devices, groups))
-    text = "Cosine similarity of the devices' embeddings: the stronger the more alike. A frame is a cluster."
+    text = (
+        "Cosine similarity of the devices' embeddings, which say what their texts are about: full colour is 1, none is "
+        "0 or less. Devices are in the order of their clusters; a frame is a cluster, and clusters are good where "
+        "colour stays inside the frames."
+    )
     return Section("clusters", "Who knows what", [text], figures=[figure], tables=tables)
 
 
@@ -50,9 +88,13 @@ def transfer(findings: Findings) -> Section | None:
     if found is None:
         return None
     notice = " ".join(found.notices) or (WRITTEN_BY_DEVICES if found.private_text_risk else "")
-    counts = [[name.replace("_", " "), f"{number:,}"] for name, number in found.counts.items()]
+    names = [name for name in KINDS if name in found.counts]
+    names += [name for name in found.counts if name not in KINDS]
+    counts = [[KINDS.get(name, name.replace("_", " ")), f"{found.counts[name]:,}"] for name in names]
     writers = listed([f"{writer} ({number:,})" for writer, number in found.by_writer.items() if number])
-    text = [f"Writers, and how many texts each wrote: {writers}."] if writers else []
+    text = ["All that students learn from, and what was dropped before."]
+    if writers:
+        text = [f"{text[0]} Writers, and how many documents of each were kept: {writers}."]
     return Section("transfer", "Text that teaches", text, notice, tables=[Table(["documents", "number"], counts)])
 
 
@@ -65,21 +107,32 @@ def routing(findings: Findings) -> Section | None:
     information = facts["mutual_information"]
     by_layer = ", ".join(f"{number:.3f}" for number in information["layers"])
     dead = ", ".join(f"layer {layer} expert {expert}" for layer, expert in facts["dead"])
+    alive = f"Dead, that is, of use to less than 1 % of the tokens: {dead}." if dead else EVERY_EXPERT
     text = [
         f"Router of: {label(system)}. A cell is the mean probability that the router gives an expert on a domain's "
-        "tokens. Mutual information of domain and expert (a token drawn evenly, then an expert by the token's top-k "
-        f"gate weights): {information['mean']:.3f} nats on average; by layer {by_layer}.",
-        f"Experts' weights differ by {facts['expert_difference']['mean']:.3f} (relative L2 distance, mean over pairs "
-        f"and layers). {f'Dead, that is, of use to less than 1 % of the tokens: {dead}.' if dead else EVERY_EXPERT}",
+        f"tokens. Highest on average over layers: {_favourites(facts)}.",
+        "Mutual information of domain and expert (a token drawn evenly, then an expert by the token's top-k gate "
+        f"weights): {information['mean']:.3f} nats on average; by layer {by_layer}. 0 would be a router that ignores "
+        f"the domain. Experts' weights differ by {facts['expert_difference']['mean']:.3f} (relative L2 distance, mean "
+        f"over pairs and layers). {alive}",
     ]
     load = Table(
         ["layer", *(f"expert {expert}" for expert in range(facts["experts"]))],
-        [[str(layer), *(percent(share) for share in line)] for layer, line in enumerate(facts["load"])],
-        caption="Load: share of all gate weight, %.",
+        [[str(layer), *(f"{share:.3f}" for share in line)] for layer, line in enumerate(facts["load"])],
+        caption="Load: share of all gate weight.",
     )
     tables = [load, _removal(facts)] if facts["removal"] else [load]
     figure = Markup(figures.routing(facts["probabilities"]))
     return Section("routing", "Experts and routing", text, figures=[figure], tables=tables)
+
+
+def _favourites(facts: dict[str, Any]) -> str:
+    """Each domain and the expert that its tokens are sent to most, over all layers."""
+    found: list[str] = []
+    for domain, layers in facts["probabilities"].items():
+        totals = [sum(shares) for shares in zip(*layers, strict=True)]
+        found.append(f"{domain} → expert {totals.index(max(totals))}")
+    return listed(found)
 
 
 def _removal(facts: dict[str, Any]) -> Table:
@@ -88,20 +141,24 @@ def _removal(facts: dict[str, Any]) -> Table:
     rows: list[list[str]] = []
     for expert in range(facts["experts"]):
         line = [cells[expert, domain] for domain in domains]
-        changes = [(signed(100 * cell["token_accuracy"], 1), signed(cell["nats_per_token"], 3)) for cell in line]
+        changes = [(signed(cell["token_accuracy"], 3), signed(cell["nats_per_token"], 3)) for cell in line]
         rows.append([str(expert), *(text for pair in changes for text in pair)])
     return Table(
-        ["without expert", *("accuracy", "nats") * len(domains)],
+        ["without expert", *(METRICS["token_accuracy"], METRICS["token_log_perplexity"]) * len(domains)],
         rows,
         groups=[("", 1), *((domain, 2) for domain in domains)],
-        caption="What changes when no token can reach an expert: accuracy in points, and nats per answer token.",
+        caption="What changes when no token can reach an expert. One that has learned a domain is missed there and "
+        "nowhere else.",
     )
 
 
 def training(findings: Findings) -> Section | None:
     """Losses over steps."""
-    curves = {name: curve for name, curve in findings.losses.items() if curve}
+    curves = {label(name): curve for name, curve in findings.losses.items() if curve}
     if not curves:
         return None
-    text = "Training loss, averaged over neighbouring steps; with and without a distillation term they do not compare."
+    text = (
+        "Training loss, averaged over neighbouring steps. With and without a distillation term losses do not compare: "
+        "read whether each curve has come to rest, not which is lower."
+    )
     return Section("training", "Training", [text], figures=[Markup(figures.losses(curves))])

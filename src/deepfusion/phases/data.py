@@ -15,6 +15,7 @@ from deepfusion.data.corpora import Row, read_text
 from deepfusion.data.documents import Document, write_jsonl
 from deepfusion.data.partition import assign, device_ids
 from deepfusion.data.synthetic import Fact, fact_documents, world
+from deepfusion.errors import InputError
 
 FACTS = "facts.json"
 
@@ -27,7 +28,7 @@ def build_corpus(config: Data, *, seed: int, into: Path) -> Corpus:
     questions are the prompts of the public rows without their answers.
 
     Raises:
-        ValueError: a row cannot be used, nothing is public, or a device would hold no text.
+        InputError: a row cannot be used, nothing is public, or a device would hold no text.
     """
     if isinstance(config.source, SyntheticData):
         return _synthetic(config.source, config.partition, seed, into)
@@ -36,10 +37,10 @@ def build_corpus(config: Data, *, seed: int, into: Path) -> Corpus:
 
 def _synthetic(source: SyntheticData, partition: Partition, seed: int, into: Path) -> Corpus:
     if partition.mode == "given":
-        raise ValueError("partition.mode: given needs rows with a `device`; synthetic text takes by_domain or uneven")
+        raise InputError("partition.mode: given needs rows with a `device`; synthetic text takes by_domain or uneven")
     made = world(source, seed)
     if not made.public:
-        raise ValueError("no public text: raise data.source.filler_documents or public_facts")
+        raise InputError("no public text: raise data.source.filler_documents or public_facts")
     private = [fact for fact in made.facts if not fact.public]
     groups = {domain: [fact.id for fact in private if fact.domain == domain] for domain in made.domains}
     holders = assign(groups, partition, seed)
@@ -66,7 +67,7 @@ def _files(source: FileData, partition: Partition, seed: int, into: Path) -> Cor
     text = read_text(source, seed)
     given = partition.mode == "given"
     if not given and (named := next((s for s in source.sources if s.device is not None), None)):
-        raise ValueError(f"{named.path or named.dataset}: `device` {named.device!r} needs partition.mode: given")
+        raise InputError(f"{named.path or named.dataset}: `device` {named.device!r} needs partition.mode: given")
     texts = _given(text.private) if given else _assigned(text.private, partition, seed)
     devices = _write_private(texts, partition, len({row.group for row in text.private}), into)
     questions = [
@@ -106,9 +107,9 @@ def _given(rows: Sequence[Row]) -> dict[str, list[Document]]:
     texts: dict[str, list[Document]] = {}
     for row in rows:
         if not row.device:
-            raise ValueError(f"{row.origin} names no device: partition.mode: given needs one for each private row")
+            raise InputError(f"{row.origin} names no device: partition.mode: given needs one for each private row")
         if not re.fullmatch(r"\w[\w.-]*", str(row.device)):
-            raise ValueError(
+            raise InputError(
                 f"{row.origin}: device {row.device!r} cannot name a file: use letters, digits, '-', '_', '.'"
             )
         texts.setdefault(str(row.device), []).append(row.document)
@@ -121,7 +122,7 @@ def _write_private(
     infos: list[DeviceInfo] = []
     for device, documents in texts.items():
         if not documents:
-            raise ValueError(
+            raise InputError(
                 f"{device} holds no text; {groups} private groups with {min(partition.holders, partition.devices)} "
                 f"holders each do not fill {partition.devices} devices: lower partition.devices or raise "
                 f"partition.holders"

@@ -12,7 +12,8 @@ from deepfusion.artifacts import Checkpoint, Corpus, Upload, Work
 from deepfusion.config import DevicePhase, Runtime
 from deepfusion.data.batches import Lesson, Schedule, Tokenizer, lessons
 from deepfusion.data.documents import Document, read_jsonl
-from deepfusion.encoders import PROJECTION_SEED, embed
+from deepfusion.encoders import PROJECTION_SEED, embed, encode_texts
+from deepfusion.errors import reading_inputs
 from deepfusion.families import family
 from deepfusion.objectives import build_objective
 from deepfusion.phases.upload import upload_bytes
@@ -36,20 +37,20 @@ def train_device(
     Of the corpus, only `private/<device>.jsonl` and the public text are read. The upload is `model/` and e_n; no text.
 
     Raises:
-        ValueError: the device has no text, or an answer does not fit the context.
+        InputError: an answer does not fit the context, or there is no such encoder: the fault of what all were given.
+        ValueError: the device has no text, or none with a word.
     """
-    private = list(read_jsonl(corpus.private(device), Document))
-    model = checkpoints.open_model(ancestor.folder, getattr(torch, config.training.dtype))
-    tokenizer = Tokenizer(checkpoints.open_tokenizer(ancestor.folder))
-    kind = family(model.config.model_type)
-    context = getattr(model.config, "max_position_embeddings", None)
-    own = lessons(private, tokenizer, config.training, context)
+    with reading_inputs():
+        private = list(read_jsonl(corpus.private(device), Document))
+        encode_texts(config.encoder, [device])  # a broken encoder is told before training, and as what it is
+        model = checkpoints.open_model(ancestor.folder, getattr(torch, config.training.dtype))
+        tokenizer = Tokenizer(checkpoints.open_tokenizer(ancestor.folder))
+        kind = family(model.config.model_type)
+        context = getattr(model.config, "max_position_embeddings", None)
+        own = lessons(private, tokenizer, config.training, context)
+        public = lessons(read_jsonl(corpus.public, Document), tokenizer, config.training, context)
     own_tokens = sum(map(len, own))
-    replay = _sample(
-        lessons(read_jsonl(corpus.public, Document), tokenizer, config.training, context),
-        own_tokens * config.replay,
-        seed,
-    )
+    replay = _sample(public, own_tokens * config.replay, seed)
     tokens = config.epochs * (own_tokens + sum(map(len, replay)))
     schedule = Schedule(own + replay, tokens, config.training, packs=kind.packs, seed=seed)
     learner = Learner(model, build_objective(PLAIN, 0, 0, {}))

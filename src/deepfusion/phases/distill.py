@@ -7,6 +7,7 @@ its cluster's documents and teachers; branches alone, from public text and avera
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deepfusion import alignment, checkpoints
-from deepfusion.artifacts import Checkpoint, Proxy, Teaching, TransferSet, Upload, Work
+from deepfusion.artifacts import Artifact, Checkpoint, Proxy, Teaching, TransferSet, Upload, Work
 from deepfusion.config import DistillPhase, LogitsObjective, Runtime, VAAObjective
 from deepfusion.data.batches import Tokenizer
 from deepfusion.data.documents import TransferDocument, read_jsonl
@@ -28,6 +29,7 @@ from deepfusion.progress import Ticker
 from deepfusion.signals import Signal, Signals
 from deepfusion.store import link_tree
 from deepfusion.students import feature_patches, learn, tokens_within, transfer_lessons, widths
+from deepfusion.writing import next_logits, padded
 
 BATCH = 32  # documents asked about at a time
 FFN: frozenset[Role] = frozenset({"ffn"})
@@ -41,6 +43,7 @@ def distill(
     *,
     budget: float,
     cluster: int | None = None,
+    paid: Sequence[Artifact] = (),
     seed: int,
     into: Path,
     runtime: Runtime,
@@ -50,7 +53,9 @@ def distill(
     Args:
         budget: token-parameters, forward and backward.
         cluster: the branch's cluster; none: joint. A branch about which there is no text stays as it is.
+        paid: what was made for this training alone, and took part of its budget.
     """
+    budget -= sum(made.work.token_parameters for made in paid)
     training = config.training
     if cluster is not None:
         training = training.model_copy(update={"learning_rate": training.learning_rate * config.branch_rate})
@@ -112,8 +117,8 @@ def consult(
     ordered = sorted(documents, key=lambda document: len(document.text))
     for at in range(0, len(ordered), BATCH):
         some = ordered[at : at + BATCH]
-        encoded = [_tokens(document, tokenizer, kept) for document in some]
-        fitting = [(d, e) for d, e in zip(some, encoded, strict=True) if context is None or len(e[0]) <= context]
+        encoded = [(document, _tokens(document, tokenizer, kept)) for document in some]
+        fitting = [(d, e) for d, e in encoded if e is not None and (context is None or len(e[0]) <= context)]
         if fitting:
             tokens += sum(len(ids) for _, (ids, _) in fitting)
             of |= _ask(model, tokenizer, fitting, config)
@@ -135,11 +140,19 @@ def consult(
     ).sealed()
 
 
-def _tokens(document: TransferDocument, tokenizer: Tokenizer, kept: Signals | None) -> tuple[list[int], list[int]]:
-    """A document in the teacher's tokens: those it wrote, if it did."""
+def _tokens(
+    document: TransferDocument, tokenizer: Tokenizer, kept: Signals | None
+) -> tuple[list[int], list[int]] | None:
+    """A document in the teacher's tokens: those it wrote, if it did; none if another wrote what it cannot spell."""
     if kept is not None and document.id in kept.of:
         return kept.of[document.id].ids.tolist(), kept.of[document.id].ends.tolist()
-    ids, ends = tokenizer.encode(document.text)
+    try:
+        ids, ends = tokenizer.encode(document.text)
+    except ValueError as error:
+        if document.writer is None:
+            raise
+        print(f"not asked about {document.id}: {error}", file=sys.stderr)  # into the step's log
+        return None
     return [tokenizer.start, *ids, tokenizer.end], [0, *ends, ends[-1] if ends else 0]
 
 
@@ -150,36 +163,36 @@ def _ask(
     some: list[tuple[TransferDocument, tuple[list[int], list[int]]]],
     config: DistillPhase,
 ) -> dict[str, Signal]:
-    width = max(len(ids) for _, (ids, _) in some)
-    ids = torch.full((len(some), width), tokenizer.end)
-    mask = torch.zeros(len(some), width, dtype=torch.long)
-    for row, (_, (tokens, _)) in enumerate(some):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        mask[row, : len(tokens)] = 1
-    ids, mask = ids.to(model.device), mask.to(model.device)
+    ids, mask = padded([tokens for _, (tokens, _) in some], tokenizer.end, model.device)
     patches = feature_patches(config.objective)
-    outputs = model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=bool(patches))
-    log_p = torch.log_softmax(outputs.logits[:, :-1].float(), -1)
-    best = log_p.topk(min(config.teacher_top_k or log_p.shape[-1], log_p.shape[-1]), -1)
-    chosen = log_p.gather(2, ids[:, 1:, None])[..., 0]
+    outputs = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=bool(patches))
+    chosen: list[Tensor] = []
+    best_ids: list[Tensor] = []
+    best: list[Tensor] = []
+    for block, logits in next_logits(model, outputs.last_hidden_state, tokenizer):
+        log_p = torch.log_softmax(logits.float(), -1)
+        kept = log_p.topk(min(config.teacher_top_k or log_p.shape[-1], log_p.shape[-1]), -1)
+        chosen.append(log_p.gather(2, ids[:, 1:, None][:, block])[..., 0])
+        best_ids.append(kept.indices.int())
+        best.append(kept.values.half())
+    said = [torch.cat(blocks, 1).cpu().numpy() for blocks in (chosen, best_ids, best)]
     result: dict[str, Signal] = {}
     for row, (document, (tokens, ends)) in enumerate(some):
-        n = len(tokens)
+        logprobs, topk_ids, topk_logprobs = (_after_start(values[row, : len(tokens) - 1]) for values in said)
         result[document.id] = Signal(
             ids=np.array(tokens, np.int32),
             ends=np.array(ends, np.int32),
-            logprobs=_after_start(chosen[row, : n - 1]).astype(np.float32),
-            topk_ids=_after_start(best.indices[row, : n - 1]).astype(np.int32),
-            topk_logprobs=_after_start(best.values[row, : n - 1]).astype(np.float16),
+            logprobs=logprobs,
+            topk_ids=topk_ids,
+            topk_logprobs=topk_logprobs,
             features=_features(outputs.hidden_states, row, document, ends, config.objective) if patches else None,
         )
     return result
 
 
-def _after_start(values: Tensor) -> np.ndarray:
+def _after_start(values: np.ndarray) -> np.ndarray:
     """A row of zeros for the start token, then the values."""
-    array = values.cpu().numpy()
-    return np.concatenate([np.zeros_like(array[:1]), array])
+    return np.concatenate([np.zeros_like(values[:1]), values])
 
 
 def _features(

@@ -18,6 +18,7 @@ from deepfusion.artifacts import Checkpoint, Corpus, Proxy, Scores, Upload, Work
 from deepfusion.checkpoints import open_model, open_tokenizer
 from deepfusion.config import EvaluatePhase, Runtime
 from deepfusion.data.documents import Question, ScoredQuestion, read_jsonl, write_jsonl
+from deepfusion.errors import InputError
 from deepfusion.progress import Ticker
 from deepfusion.routing import RoutingTally, expert_count, expert_difference, recorded, routers, without_expert
 from deepfusion.scoring import Observer, Piece, Score, score
@@ -44,7 +45,7 @@ def evaluate(
     answer token and token accuracy change when no token can reach that expert) and `expert_difference`.
 
     Raises:
-        ValueError: names the question that has no answer or whose answer is longer than the context; or there is none.
+        InputError: names the question that has no answer or whose answer is longer than the context; or there is none.
     """
     path = corpus.test if isinstance(corpus, Corpus) else corpus
     folder = (
@@ -52,7 +53,7 @@ def evaluate(
     )
     questions = list(read_jsonl(path, Question))
     if not questions:
-        raise ValueError(f"{path} holds no question to evaluate on")
+        raise InputError(f"{path} holds no question to evaluate on")
     network: Any = open_model(folder)
     network.to(runtime.accelerator)
     tokenizer = open_tokenizer(folder)
@@ -115,14 +116,14 @@ def cut(question: Question, ids: Sequence[int], ends: Sequence[int], context: in
     """Keep what fits into the context of a tokenised question or option: all of the answer, and the end of the prompt.
 
     Raises:
-        ValueError: the answer is empty or alone longer than the context.
+        InputError: the answer is empty or alone longer than the context.
     """
     boundary = len(question.prompt.encode())
     first = sum(end <= boundary for end in ends)
     if first == len(ids):
-        raise ValueError(f"test question {question.id!r} has an empty answer: there is nothing to score")
+        raise InputError(f"test question {question.id!r} has an empty answer: there is nothing to score")
     if context is not None and len(ids) - first > context:
-        raise ValueError(
+        raise InputError(
             f"the answer of test question {question.id!r} has {len(ids) - first} tokens but the model's context is "
             f"{context}: shorten it (data.source.max_answer_bytes) or leave it out"
         )

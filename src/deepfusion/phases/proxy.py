@@ -11,12 +11,15 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from deepfusion.artifacts import Clusters, Proxy, Upload
+from deepfusion.artifacts import Proxy, Upload
 from deepfusion.checkpoints import copy_description
 from deepfusion.config import ProxyPhase
 from deepfusion.encoders import cosine, decode
+from deepfusion.roles import by_lineage
 from deepfusion.store import link_tree
 from deepfusion.weights import index, read, shapes, write
+
+__all__ = ["average", "average_folders", "by_lineage", "mean", "name_of"]
 
 
 def mean(tensors: Iterable[Shaped[Tensor, "*shape"]], weights: Sequence[float]) -> Shaped[Tensor, "*shape"]:
@@ -45,22 +48,6 @@ def mean(tensors: Iterable[Shaped[Tensor, "*shape"]], weights: Sequence[float]) 
 def name_of(proxy: Proxy) -> str:
     """What a proxy is called as a writer and teacher."""
     return f"cluster-{proxy.cluster}-{proxy.lineage}"
-
-
-def by_lineage(uploads: Sequence[Upload], clusters: Clusters) -> list[tuple[int, str, list[Upload]]]:
-    """(cluster, lineage, members) of every proxy to make, in order; members in the cluster's order.
-
-    Raises:
-        ValueError: a cluster names a device without upload.
-    """
-    held = {upload.device: upload for upload in uploads}
-    groups: dict[tuple[int, str], list[Upload]] = {}
-    for cluster, devices in enumerate(clusters.members):
-        for device in devices:
-            if device not in held:
-                raise ValueError(f"cluster {cluster} names {device}, which uploaded no model")
-            groups.setdefault((cluster, held[device].lineage), []).append(held[device])
-    return [(cluster, lineage, members) for (cluster, lineage), members in sorted(groups.items(), key=lambda g: g[0])]
 
 
 def average(uploads: Sequence[Upload], cluster: int, config: ProxyPhase, *, into: Path) -> Proxy:

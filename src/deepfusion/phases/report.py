@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from deepfusion.artifacts import Checkpoint, Report
-from deepfusion.findings import Compute, Findings, Measured, Step, headline, main_subset, mean, results
+from deepfusion.checkpoints import open_config
+from deepfusion.families import family
+from deepfusion.findings import Compute, Findings, Measured, Step, headline, main_subset, mean
+from deepfusion.labels import METRICS, QUESTIONS, counted, in_order, joined, label
+from deepfusion.outcome import results
+from deepfusion.weights import shapes
 
-__all__ = ["Compute", "Findings", "Measured", "Step", "model_card", "report"]
+__all__ = ["Compute", "Findings", "Measured", "Part", "Step", "model_card", "parameter_split", "report"]
+
+IN_CARD = ("token_accuracy", "token_log_perplexity", "choice_accuracy")
+
+
+class Part(NamedTuple):
+    """Some of a model's weights: what they are, how many, and how many of them one token uses."""
+
+    name: str
+    parameters: int
+    used: int
 
 
 def report(findings: Findings, *, into: Path) -> Report:
@@ -26,7 +43,8 @@ def report(findings: Findings, *, into: Path) -> Report:
 
     rows = findings.rows()
     tree = results(findings, rows)
-    (into / "results.json").write_text(json.dumps(tree, indent=1, ensure_ascii=False), encoding="utf-8")
+    text = json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False)
+    (into / "results.json").write_text(text, encoding="utf-8")
     page = _template("report.html.j2").render(
         run=findings.run,
         summary=summary(findings, rows),
@@ -42,10 +60,10 @@ def report(findings: Findings, *, into: Path) -> Report:
 
 def model_card(findings: Findings, model: Checkpoint, *, into: Path) -> Path:
     """Write `README.md`, a Hugging Face model card, into the MoE's folder and return its path."""
-    rows, subset = findings.rows(), main_subset(findings.rows())
-    metrics = ("token_accuracy", "token_log_perplexity", "choice_accuracy")
-    systems = list(dict.fromkeys(found.system for found in findings.measured))
-    figures = [(system, [mean(rows, system, metric, subset) for metric in metrics]) for system in systems]
+    rows = findings.rows()
+    subset = main_subset(rows)
+    systems = in_order({found.system for found in findings.measured})
+    parts, spent = parameter_split(model.folder), findings.relative_compute()
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -57,14 +75,44 @@ def model_card(findings: Findings, model: Checkpoint, *, into: Path) -> Path:
         front=yaml.safe_dump(front, sort_keys=False),
         findings=findings,
         model=model,
-        private=subset == "private_only",
-        figures=figures,
-        types=sorted({upload.model_type for upload in findings.uploads}),
+        parts=parts,
+        total=Part("all", sum(part.parameters for part in parts), sum(part.used for part in parts)),
+        questions=QUESTIONS[subset],
+        metrics=[METRICS[metric] for metric in IN_CARD],
+        figures=[(label(s), [mean(rows, s, metric, subset) for metric in IN_CARD], spent.get(s)) for s in systems],
+        types=joined(sorted({upload.model_type for upload in findings.uploads})),
         written=sum(findings.transfer.per_cluster) if findings.transfer else 0,
     )
     path = into / "README.md"
     path.write_text(card, encoding="utf-8")
     return path
+
+
+def parameter_split(folder: Path) -> list[Part]:
+    """A checkpoint's weights by what they are for; their sums are all of its weights, and those that one token uses.
+
+    Of an embedding a token uses one row, or all where it is the head too; of the experts, as many as it is sent to.
+    """
+    config = open_config(folder)
+    known = family(config.model_type)
+    held: Counter[str] = Counter()
+    for name, (_, shape) in shapes(folder).items():
+        held[known.role(name)] += math.prod(shape)
+    experts, chosen = getattr(config, "num_local_experts", 1), getattr(config, "num_experts_per_tok", 1)
+    tied = "head" not in held
+    named = {
+        "embedding": f"token embeddings, {'which are the output head too' if tied else 'of which one row is used'}",
+        "attention": "attention",
+        "router": "routers",
+        "ffn": f"feed-forward layers: {experts} experts each, of which {chosen} are used",
+        "norm": "norms",
+        "head": "output head",
+    }
+    used = dict(held)
+    used["ffn"] = held["ffn"] * chosen // experts
+    if not tied:
+        used["embedding"] = held["embedding"] // config.vocab_size
+    return [Part(name, held[role], used[role]) for role, name in named.items() if held[role]]
 
 
 def _template(name: str) -> Any:
@@ -78,7 +126,7 @@ def _template(name: str) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["md"] = _markdown
+    cast("dict[str, Any]", environment.filters).update(md=_markdown, counted=counted)
     return environment.get_template(name)
 
 

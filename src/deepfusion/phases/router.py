@@ -149,8 +149,8 @@ def _ffn_inputs(model: PreTrainedModel, text: Ids) -> Iterator[Float[Tensor, "la
             batch = pad_sequence(rows, batch_first=True).to(model.device)
             real = torch.arange(batch.shape[1])[None] < torch.tensor([len(row) for row in rows])[:, None]
             real[:, 0] = False
-            with torch.inference_mode():
-                model(input_ids=batch, use_cache=False)
+            with torch.inference_mode():  # without the head: nobody asks for logits
+                model.base_model(input_ids=batch, use_cache=False)
             yield torch.stack([states.float().cpu()[real] for states in seen])
             seen.clear()
     finally:

@@ -60,6 +60,7 @@ def write_cluster(
     corpus: Corpus,
     config: TransferPhase,
     *,
+    keep_before: bool = False,
     encoder: str,
     seed: int,
     into: Path,
@@ -70,7 +71,8 @@ def write_cluster(
     A question belongs to the cluster whose centroid it resembles most; of the cluster's writers those answer who are
     most at home in its words: whose likelihood of the question per byte rose most over their ancestor's (`ancestors`:
     lineage → checkpoint). The number of written documents is fixed per cluster and shared by private tokens, so that
-    the server's work does not grow with the number of devices. Each model is loaded once at a time.
+    the server's work does not grow with the number of devices. Each model is loaded once at a time. `keep_before` keeps
+    what the writers' ancestors think of what was written beside what the writers think, as `shift` needs it.
     """
     writers = [Writer.of(model, {}) for model in models]
     questions = _questions_of(cluster, clusters, corpus, encoder) if "answered" in config.kinds else []
@@ -117,7 +119,7 @@ def write_cluster(
                 ticker.advance(len(batch))
         if signals:
             ancestor = checkpoints.open_model(ancestors[writer.lineage].folder, accelerator=runtime.accelerator)
-            signals = with_gain(signals, ancestor, tokenizer)
+            signals = with_gain(signals, ancestor, tokenizer, keep_before=keep_before)
             tokens = sum(len(signal.ids) for signal in signals.values())
             work += Work(tokens=tokens, forward=float(tokens * writer.active_parameters))
             kept_as = into / "signals" / f"{writer.name}.safetensors"
@@ -204,12 +206,13 @@ def _who_answers(
     work = Work()
     for number, writer in enumerate(writers):
         model, tokenizer = _open(writer, runtime)
+        passes = 1 if writer.lineage in before else 2  # an ancestor is asked once
         if writer.lineage not in before:
             ancestor = checkpoints.open_model(ancestors[writer.lineage].folder, accelerator=runtime.accelerator)
             before[writer.lineage] = prompt_nats(ancestor, tokenizer, prompts)
         gain[number] = before[writer.lineage] - prompt_nats(model, tokenizer, prompts)
-        tokens = sum(len(tokenizer.encode(prompt)[0]) + 1 for prompt in prompts)
-        work += Work(tokens=tokens, forward=2.0 * tokens * writer.active_parameters)
+        tokens = passes * sum(len(tokenizer.encode(prompt)[0]) + 1 for prompt in prompts)
+        work += Work(tokens=tokens, forward=float(tokens * writer.active_parameters))
     chosen: list[list[Document]] = [[] for _ in writers]
     for column, question in enumerate(questions):
         for number in np.argsort(-gain[:, column], kind="stable")[: config.answers_per_question]:

@@ -1,0 +1,55 @@
+"""The recipe: every choice that changes the answer, one frozen section per phase; and `Runtime`, which changes the
+speed.
+
+A recipe is a YAML file. Unknown keys are refused by name; defaults are what measured best (`docs/decisions.md` says
+where). `data`, `models` and `phases` hold the sections, `recipe` the whole and its checks, `tree` reads files and
+`--set`, `faults` words what is wrong with them.
+"""
+
+from deepfusion.config.data import Data, FileData, Partition, SyntheticData, TextSource
+from deepfusion.config.models import MadeModel, Models, ModelSource, ModelType, Training
+from deepfusion.config.phases import (
+    AssemblePhase,
+    ClusterPhase,
+    DevicePhase,
+    DistillPhase,
+    EvaluatePhase,
+    LogitsObjective,
+    Objective,
+    ProxyPhase,
+    Shares,
+    TransferPhase,
+    TunePhase,
+    VAAObjective,
+)
+from deepfusion.config.recipe import Recipe
+from deepfusion.config.runtime import Runtime
+from deepfusion.config.section import Section
+
+__all__ = [
+    "AssemblePhase",
+    "ClusterPhase",
+    "Data",
+    "DevicePhase",
+    "DistillPhase",
+    "EvaluatePhase",
+    "FileData",
+    "LogitsObjective",
+    "MadeModel",
+    "ModelSource",
+    "ModelType",
+    "Models",
+    "Objective",
+    "Partition",
+    "ProxyPhase",
+    "Recipe",
+    "Runtime",
+    "Section",
+    "Shares",
+    "SyntheticData",
+    "TextSource",
+    "Training",
+    "TransferPhase",
+    "TunePhase",
+    "VAAObjective",
+]

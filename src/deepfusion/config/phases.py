@@ -1,0 +1,226 @@
+"""One section of the recipe per phase, in the order in which they run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from deepfusion.config.models import Training
+from deepfusion.config.section import Section
+
+
+class DevicePhase(Section):
+    """Training on each device, and the embedding that it uploads."""
+
+    epochs: float = Field(default=30, gt=0)
+    """Passes over the device's private text."""
+    replay: float = Field(default=0.25, ge=0)
+    """Public tokens mixed in per private token, so that a device does not forget how to write."""
+    training: Training = Training()
+    encoder: str = "hashing"
+    """`hashing` (stateless, scikit-learn), or the folder of a sentence encoder such as MiniLM."""
+    embedding_bytes: int = Field(default=64, ge=8, le=64)
+    """Size of e_n: a shared seeded projection to this many int8 numbers."""
+
+
+class ClusterPhase(Section):
+    """Phase I: grouping devices by what they know (Eq. 6)."""
+
+    mode: Literal["by_domain", "by_type"] = "by_domain"
+    """by_domain: over all devices, one teacher per lineage in a cluster; by_type: type-pure clusters, as published."""
+    k: int = Field(default=4, ge=1)
+    """Number of clusters K, and so of experts."""
+
+
+class ProxyPhase(Section):
+    """Averaging each cluster's models of one lineage (Fig. 4)."""
+
+    weights: Literal["uniform", "tokens"] = "uniform"
+    """Every member alike, or by its number of private tokens."""
+    warn_below: float = Field(default=0.8, ge=-1, le=1)
+    """Warn when two members' embeddings have a cosine below this: averaging strangers destroys what they know."""
+
+
+class TransferPhase(Section):
+    """The text that carries knowledge from devices to students."""
+
+    kinds: tuple[Literal["public", "answered", "sampled"], ...] = ("public", "answered", "sampled")
+    """public: the server's own text; answered: teachers answer public questions of their own subjects; sampled:
+    teachers write text. The last two can repeat private facts word for word: a privacy cost, stated in log, report and
+    model card."""
+    writers: Literal["devices", "proxies"] = "devices"
+    """Whose models write: the devices' own, or the averaged proxies."""
+    max_writers: int = Field(default=64, ge=1)
+    """A cluster with more devices than this is written for by its proxies, so that the server's work stays bounded."""
+    max_copies: int = Field(default=3, ge=1)
+    """Identical written texts are kept at most this often; the others are dropped and counted."""
+    sampled_per_cluster: int = Field(default=600, ge=0)
+    """Documents written per cluster, shared among its writers: the server's work does not grow with N."""
+    answers_per_question: int = Field(default=1, ge=1)
+    """How many of a cluster's writers answer a question (those most at home in its words)."""
+    temperature: float = Field(default=0.7, gt=0)
+    """Sampling temperature of written text: below 1, models write less that they do not know."""
+    answer_temperature: float = Field(default=0.0, ge=0)
+    """Sampling temperature of answers; 0 is greedy."""
+    max_new_tokens: int = Field(default=48, ge=1)
+    """Longest text written, in the writer's tokens; what does not end by itself within it is dropped and counted."""
+    min_bytes: int = Field(default=8, ge=0)
+    """Shorter written documents are dropped and counted."""
+    top_k: int = Field(default=32, ge=1)
+    """Probabilities kept with each written token: the teacher of that document."""
+    batch: int = Field(default=64, ge=1)
+    """Documents written at a time."""
+
+
+class LogitsObjective(Section):
+    """CE + β·KL (Eq. 11 with α = 0)."""
+
+    kind: Literal["logits"] = "logits"
+    beta: float = Field(default=3.0, ge=0)
+    """Weight of the KL to the teachers (β, Eq. 11)."""
+    focus: float = Field(default=1.0, ge=0)
+    """Extra weight of a written token for each nat by which its writer finds it likelier than the writer's public
+    ancestor did: what devices have learned in private weighs more than words that anyone could have guessed. All
+    written text together weighs the same as without."""
+    label_teaches: bool = True
+    """Where no teacher's distribution fits the student's tokens, let the label stand in for one (the KL to a one-hot
+    distribution), so that β does not drown public text, or text from other tokenizers, in the rest."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Softmax temperature of the KL; other than 1 only for teachers asked after the fact."""
+    span_weight: float = Field(default=1.0, ge=0)
+    """Weight, within β, of the span likelihood that stands in for KL where tokenizers differ."""
+    span_temperature: float = Field(default=10.0, gt=0)
+    """τ of the span likelihood (arXiv 2503.20083)."""
+
+
+class VAAObjective(LogitsObjective):
+    """CE + α·feature matching through View-Aligned Attention + β·KL (Eq. 7-11)."""
+
+    kind: Literal["vaa"] = "vaa"  # pyright: ignore[reportIncompatibleVariableOverride]
+    alpha: float = Field(default=1.0, ge=0)
+    """Weight of the feature-matching loss (α, Eq. 11)."""
+    stages: int = Field(default=2, ge=1)
+    """Number of representation stages J."""
+    patches: int = Field(default=8, ge=1)
+    """Patches per stage and document: P_q = J × patches."""
+    width: int = Field(default=64, ge=1)
+    """Attention width d."""
+    heads: int = Field(default=4, ge=1)
+    """Attention heads."""
+    attention: bool = True
+    """False leaves out Eq. 8: projection alone."""
+    standardise: bool = True
+    """Standardise teacher features per dimension; they reach 30,000 in some families."""
+
+    @model_validator(mode="after")
+    def _heads_of_equal_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}: change either")
+        return self
+
+
+Objective = Annotated[LogitsObjective | VAAObjective, Field(discriminator="kind")]
+
+
+class Shares(Section):
+    """How the server's budget is split."""
+
+    joint: float = Field(default=0.92, ge=0, le=1)
+    """One student learns from all documents."""
+    branch: float = Field(default=0.04, ge=0, le=1)
+    """K copies go on, each on its own domain; this is the sum over the copies."""
+    tune: float = Field(default=0.04, ge=0, le=1)
+    """The assembled MoE."""
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> Self:
+        if abs(self.joint + self.branch + self.tune - 1) > 1e-6:
+            raise ValueError(f"joint + branch + tune must be 1, not {self.joint + self.branch + self.tune:g}")
+        return self
+
+
+class DistillPhase(Section):
+    """Phase II: the server's training, in tokens of the dense base (its budget covers distillation *and* tuning)."""
+
+    budget_tokens: int = Field(default=1_000_000, ge=1)
+    """Server training budget, as tokens through the dense base model; a MoE token counts by its active parameters."""
+    shares: Shares = Shares()
+    objective: Objective = LogitsObjective()
+    teachers: Literal["writers", "proxies"] = "writers"
+    """writers: each document's own writer, by the probabilities it kept while writing; proxies: the cluster's averaged
+    models, asked about every document."""
+    shifted: bool = False
+    """Teachers' probabilities are taken as a shift of the base's own: base · writer / the writer's public ancestor. For
+    bases that are better language models than the devices' (real text); costs a pass of the base over written text."""
+    teacher_top_k: int | None = Field(default=32, ge=1)
+    """Probabilities kept of teachers asked after the fact; none keeps all of them (dense KL)."""
+    branch_trains: Literal["all", "ffn"] = "all"
+    """What a branch may change: ffn keeps everything that assembly averages (Eq. 13) as it was."""
+    training: Training = Training()
+    branch_rate: float = Field(default=0.25, gt=0)
+    """Branches train at this share of the learning rate: what the joint student knows is not to be unlearned."""
+
+    @model_validator(mode="after")
+    def _shifted_writers(self) -> Self:
+        if self.shifted and self.teachers != "writers":
+            raise ValueError("shifted needs teachers: writers, for others are asked without their ancestors")
+        if self.shifted and isinstance(self.objective, VAAObjective):
+            raise ValueError(
+                "shifted needs objective.kind: logits, for VAA's teachers are asked without their ancestors"
+            )
+        if self.shifted and not self.shares.joint:
+            raise ValueError("shifted needs shares.joint above 0, whose budget pays for it")
+        return self
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _logits_unless_said(cls, value: Any) -> Any:
+        return {"kind": "logits", **value} if isinstance(value, dict) else value
+
+
+class AssemblePhase(Section):
+    """Phase III, first half: K students become one MoE (Eq. 12, 13)."""
+
+    top_k: int = Field(default=2, ge=1)
+    """Experts per token (Eq. 4)."""
+    router: Literal["hidden_means", "random"] = "hidden_means"
+    """Initial router rows: the mean hidden state of each domain's text, or small random numbers."""
+    router_scale: float = Field(default=1.0, gt=0)
+    """Standard deviation over tokens of the initial router logits from hidden means."""
+    router_tokens: int = Field(default=5_000, ge=1)
+    """Tokens of each cluster's text that the hidden means are taken over."""
+
+
+class TunePhase(Section):
+    """Phase III, second half: tuning the assembled MoE."""
+
+    freeze_experts: bool = True
+    """Train only router, attention, embeddings, norms and head, as published."""
+    text: Literal["all", "public"] = "all"
+    """Tune on the whole transfer set, or on public text alone (the paper)."""
+    objective: LogitsObjective = LogitsObjective()
+    """CE and the KL to each document's writer."""
+    balance: float = Field(default=0.01, ge=0)
+    """Weight of the load-balance loss."""
+    ownership: float = Field(default=0.0, ge=0)
+    """Weight of a loss that sends each written document to its cluster's expert."""
+    training: Training = Training(learning_rate=3e-4)
+
+
+class EvaluatePhase(Section):
+    """What is measured, and against which controls."""
+
+    references: tuple[Literal["pooled_text", "pooled_text_dense", "dense_kd", "centralized"], ...] = (
+        "pooled_text",
+        "pooled_text_dense",
+        "dense_kd",
+        "centralized",
+    )
+    """Controls to train beside the run; the first three at equal server compute."""
+    centralized_tokens: int = Field(default=3_000_000, ge=1)
+    """Most tokens the centralised MoE may train on; it stops earlier when held-out text no longer improves."""
+    patience: int = Field(default=3, ge=1)
+    """Held-out evaluations without improvement before the centralised MoE stops."""
+    batch_tokens: int = Field(default=8192, ge=64)
+    """Tokens scored at a time."""

@@ -1,0 +1,111 @@
+"""The whole recipe, and the checks that take more than one section."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from deepfusion.config import tree as trees
+from deepfusion.config.data import Data
+from deepfusion.config.faults import explain
+from deepfusion.config.models import Models
+from deepfusion.config.phases import (
+    AssemblePhase,
+    ClusterPhase,
+    DevicePhase,
+    DistillPhase,
+    EvaluatePhase,
+    ProxyPhase,
+    TransferPhase,
+    TunePhase,
+    VAAObjective,
+)
+from deepfusion.config.section import Section
+from deepfusion.errors import InputError
+
+
+class Recipe(Section):
+    """Everything that decides a run's result."""
+
+    name: str
+    """Name of the run; its folder unless `--out` says otherwise."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of data, initialisation, order and sampling."""
+    data: Data
+    models: Models
+    device: DevicePhase = DevicePhase()
+    cluster: ClusterPhase = ClusterPhase()
+    proxy: ProxyPhase = ProxyPhase()
+    transfer: TransferPhase = TransferPhase()
+    distill: DistillPhase = DistillPhase()
+    assemble: AssemblePhase = AssemblePhase()
+    tune: TunePhase = TunePhase()
+    evaluate: EvaluatePhase = EvaluatePhase()
+
+    @field_validator("name")
+    @classmethod
+    def _a_name_for_a_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            raise ValueError(
+                f"must be letters, digits, '_', '.' and '-', and begin with a letter or digit, not {name!r}"
+            )
+        return name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.data.partition.mode != "given" and self.cluster.k > self.data.partition.devices:
+            raise ValueError(
+                f"cluster.k is {self.cluster.k} but there are only {self.data.partition.devices} devices "
+                "(data.partition.devices): lower k or add devices"
+            )
+        if self.models.base.make is not None and self.models.base.make.type != "llama":
+            raise ValueError(f"models.base is a {self.models.base.make.type}: experts are cut from llama models so far")
+        if self.assemble.top_k > self.cluster.k:
+            raise ValueError(f"assemble.top_k is {self.assemble.top_k} but there are only {self.cluster.k} experts")
+        return self
+
+    @model_validator(mode="after")
+    def _as_many_stages_as_layers(self) -> Self:
+        objective = self.distill.objective
+        if not isinstance(objective, VAAObjective):
+            return self
+        sources = {"models.base": self.models.base} | {
+            f"models.ancestors.{name}": source for name, source in self.models.ancestors.items()
+        }
+        for name, source in sources.items():
+            if source.make is not None and source.make.layers < objective.stages:
+                raise ValueError(
+                    f"distill.objective.stages is {objective.stages} but {name} has only {source.make.layers} layers"
+                )
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Read a recipe file, or an embedded recipe by its name, and apply `key.subkey=value` overrides.
+
+        Values of overrides are YAML; a number in a key is a place in a list. Relative paths in the file count from the
+        file's folder, those in overrides from the current directory. An embedded recipe that is called by its name
+        counts as `recipes/<name>.yaml`.
+
+        Raises:
+            InputError: one line that names the file and the field at fault.
+        """
+        file, folder = trees.locate(path)
+        tree = trees.read(file)
+        trees.resolve_paths(tree, folder)
+        for setting in overrides:
+            trees.override(tree, setting)
+        trees.resolve_paths(tree, Path())
+        return cls.parse(tree, origin=str(path))
+
+    @classmethod
+    def parse(cls, tree: dict[str, Any], origin: str = "recipe") -> Recipe:
+        """Validate an already loaded tree; the error is one line and names `origin`."""
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise InputError(f"{origin}: {explain(error, cls)}") from None

@@ -1,0 +1,53 @@
+"""What a plan can say of steps that depend on steps that have not run: how many there will be of each phase."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from deepfusion.config import Recipe, VAAObjective
+from deepfusion.engine import PlannedStep
+
+
+def waiting(recipe: Recipe, planned: set[str]) -> list[PlannedStep]:
+    """A line for each phase that is still to come and of which no step is planned yet, in order."""
+    return [
+        PlannedStep(phase, None, "wait", reason, count)
+        for phase, count, reason in _phases(recipe)
+        if count and phase not in planned
+    ]
+
+
+def _phases(recipe: Recipe) -> Iterator[tuple[str, int, str]]:
+    """(phase, steps, why as many) of everything after the models that devices start from."""
+    k, shares, references = recipe.cluster.k, recipe.distill.shares, set(recipe.evaluate.references)
+    one = "depends on steps that have not run"
+    given = recipe.data.partition.mode == "given"
+    devices = k if given else recipe.data.partition.devices  # given: there must be as many as clusters
+    yield "device", devices, _several(devices, "for each device" + " that the text names" * given, at_least=given)
+    yield "upload", 1, one
+    yield "cluster", 1, one
+    yield "proxy", k, _several(k, "for each lineage of each cluster", at_least=True)
+    writing = bool({"answered", "sampled"} & set(recipe.transfer.kinds))
+    yield "write", k * writing, _several(k, "for each cluster")
+    yield "transfer", 1, one
+    yield "shift", int(recipe.distill.shifted), one
+    if recipe.distill.teachers == "proxies":
+        yield "consult", k, _several(k, "for each proxy", at_least=True)
+    elif isinstance(recipe.distill.objective, VAAObjective):
+        own = recipe.transfer.writers == "devices"
+        asked, of = (devices, "for each device") if own else (k, "for each proxy")
+        yield "consult", asked, _several(asked, of, at_least=given or not own)
+    yield "joint", int(shares.joint > 0), one
+    yield "branch", k * (shares.branch > 0), _several(k, "for each cluster")
+    yield "assemble", 1, one
+    yield "tune", int(shares.tune > 0), one
+    yield "upcycle", int(bool({"pooled_text", "centralized"} & references)), one
+    for name in dict.fromkeys(recipe.evaluate.references):
+        yield name, 1, one
+    models = 4 + devices + 2 * k + len(references)  # four: base, joint student, merged and tuned MoE
+    yield "evaluate", models, _several(models, "for each model", at_least=True)
+    yield "report", 1, one
+
+
+def _several(count: int, each: str, *, at_least: bool = False) -> str:
+    return f"{'at least ' * at_least}{count} steps, one {each}"

@@ -1,0 +1,87 @@
+"""Who does what in a run: which ancestor a device starts from, who is averaged, who writes, who teaches."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from deepfusion.artifacts import Clusters, Proxy, Upload
+from deepfusion.config import Models, Recipe, TransferPhase, VAAObjective
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A model that may write and teach: a device's own, or a proxy, made or still to be made."""
+
+    name: str
+    cluster: int
+    model: Upload | Future[Proxy]
+
+
+def starting_points(devices: Sequence[str], models: Models, seed: int) -> dict[str, str]:
+    """Device → the name of the ancestor that it starts from."""
+    names = list(models.ancestors)
+    if models.assign == "random":
+        generator = random.Random(f"{seed}-ancestors")
+        return {device: generator.choice(names) for device in devices}
+    # Round by round, shifted by one each time, so that devices of one domain do not all get the same type.
+    return {device: names[(n + n // len(names)) % len(names)] for n, device in enumerate(devices)}
+
+
+def by_lineage(uploads: Sequence[Upload], clusters: Clusters) -> list[tuple[int, str, list[Upload]]]:
+    """(cluster, lineage, members) of every proxy to make, in order; members in the cluster's order.
+
+    Raises:
+        ValueError: a cluster names a device without upload.
+    """
+    held = {upload.device: upload for upload in uploads}
+    groups: dict[tuple[int, str], list[Upload]] = {}
+    for cluster, devices in enumerate(clusters.members):
+        for device in devices:
+            if device not in held:
+                raise ValueError(f"cluster {cluster} names {device}, which uploaded no model")
+            groups.setdefault((cluster, held[device].lineage), []).append(held[device])
+    return [(cluster, lineage, members) for (cluster, lineage), members in sorted(groups.items(), key=lambda g: g[0])]
+
+
+def averaged(uploads: Sequence[Upload], clusters: Clusters) -> list[tuple[str, int, list[Upload]]]:
+    """(name, cluster, members) of every proxy to make.
+
+    A proxy is named after its cluster, and as far as that does not tell it from others, its type or its lineage.
+    """
+    groups = by_lineage(uploads, clusters)
+    of_cluster = Counter(cluster for cluster, _, _ in groups)
+    of_type = Counter((cluster, members[0].model_type) for cluster, _, members in groups)
+    named: list[tuple[str, int, list[Upload]]] = []
+    for cluster, lineage, members in groups:
+        model_type = members[0].model_type
+        suffix = model_type if of_type[cluster, model_type] == 1 else lineage
+        named.append((f"cluster-{cluster}" + (f"-{suffix}" if of_cluster[cluster] > 1 else ""), cluster, members))
+    return named
+
+
+def writers(
+    devices: Sequence[Teacher], proxies: Sequence[Teacher], clusters: Clusters, config: TransferPhase
+) -> list[tuple[int, list[Upload | Future[Proxy]]]]:
+    """Per cluster the models that write: its devices', or its proxies; without clusters that nobody writes for."""
+    if not {"answered", "sampled"} & set(config.kinds):
+        return []
+    chosen: list[tuple[int, list[Upload | Future[Proxy]]]] = []
+    for cluster, members in enumerate(clusters.members):
+        own = config.writers == "devices" and len(members) <= config.max_writers
+        models = [one.model for one in (devices if own else proxies) if one.cluster == cluster]
+        if models:
+            chosen.append((cluster, models))
+    return chosen
+
+
+def consulted(devices: Sequence[Teacher], proxies: Sequence[Teacher], recipe: Recipe) -> Sequence[Teacher]:
+    """Teachers asked after the fact; where writers teach, only VAA needs more than they said while writing."""
+    if recipe.distill.teachers == "proxies":
+        return proxies
+    if not isinstance(recipe.distill.objective, VAAObjective):
+        return []
+    return devices if recipe.transfer.writers == "devices" else proxies

@@ -1,0 +1,57 @@
+"""The table of steps: which function runs a phase, and what it gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepfusion.artifacts import (
+    Artifact,
+    Checkpoint,
+    Clusters,
+    Corpus,
+    Intake,
+    Proxy,
+    Report,
+    Scores,
+    Teaching,
+    TransferSet,
+    Upload,
+    Writing,
+)
+
+# Phase → what runs it, what it gives, and a number to raise when the same inputs would give something else.
+STEPS: dict[str, tuple[str, type[Artifact], int]] = {
+    "data": ("deepfusion.phases.data:build_corpus", Corpus, 1),
+    "make": ("deepfusion.ancestors:make", Checkpoint, 1),
+    "take": ("deepfusion.ancestors:take", Checkpoint, 1),
+    "device": ("deepfusion.phases.device:train_device", Upload, 1),
+    "upload": ("deepfusion.phases.upload:receive", Intake, 1),
+    "cluster": ("deepfusion.phases.cluster:cluster", Clusters, 1),
+    "proxy": ("deepfusion.phases.proxy:average", Proxy, 1),
+    "write": ("deepfusion.phases.transfer:write_cluster", Writing, 2),
+    "transfer": ("deepfusion.phases.transfer:gather", TransferSet, 1),
+    "shift": ("deepfusion.phases.shift:shift", TransferSet, 1),
+    "consult": ("deepfusion.phases.distill:consult", Teaching, 2),
+    "joint": ("deepfusion.phases.distill:distill", Checkpoint, 2),
+    "branch": ("deepfusion.phases.distill:distill", Checkpoint, 2),
+    "assemble": ("deepfusion.phases.assemble:merge", Checkpoint, 1),
+    "tune": ("deepfusion.phases.tune:tune", Checkpoint, 2),
+    "upcycle": ("deepfusion.phases.assemble:merge", Checkpoint, 1),
+    "pooled_text": ("deepfusion.baselines.controls:pooled_text", Checkpoint, 2),
+    "pooled_text_dense": ("deepfusion.baselines.controls:pooled_text", Checkpoint, 1),
+    "dense_kd": ("deepfusion.baselines.controls:dense_kd", Checkpoint, 2),
+    "centralized": ("deepfusion.baselines.controls:centralized", Checkpoint, 1),
+    "evaluate": ("deepfusion.phases.evaluate:evaluate", Scores, 1),
+    "report": ("deepfusion.conclusion:conclude", Report, 2),
+}
+FIRST, LAST = -10, 10  # priorities: the run's own critical path, and what only stands beside it
+
+
+def placed(**arguments: tuple[Any, Any]) -> dict[str, Any]:
+    """Arguments of a step, each with what it is keyed by: the two differ where there are paths in it."""
+    paths = {name: pair for name, pair in arguments.items() if pair[0] != pair[1]}
+    plain = {name: value for name, (value, _) in arguments.items() if name not in paths}
+    if not paths:
+        return plain
+    passed, keyed = ({name: pair[n] for name, pair in paths.items()} for n in (0, 1))
+    return plain | {"unkeyed": passed, "also_keyed_by": keyed}

@@ -1,0 +1,38 @@
+from deepfusion.config import Recipe
+from deepfusion.outlook import waiting
+from deepfusion.steps import STEPS
+
+
+def counts(*settings: str, recipe: str = "demo", planned: set[str] | None = None) -> dict[str, int]:
+    return {step.phase: step.count for step in waiting(Recipe.load(recipe, settings), planned or set())}
+
+
+def test_every_phase_is_counted_in_order() -> None:
+    """Sixteen devices of three ancestors, four clusters, four references."""
+    assert counts() == {
+        "device": 16, "upload": 1, "cluster": 1, "proxy": 4, "write": 4, "transfer": 1, "joint": 1, "branch": 4,
+        "assemble": 1, "tune": 1, "upcycle": 1, "pooled_text": 1, "pooled_text_dense": 1, "dense_kd": 1,
+        "centralized": 1, "evaluate": 4 + 16 + 4 + 4 + 4, "report": 1,
+    }  # fmt: skip
+    order = [phase for phase in STEPS if phase in counts()]
+    assert list(counts()) == order
+
+
+def test_phases_that_a_recipe_leaves_out_are_left_out() -> None:
+    found = counts("distill.shares={joint: 1, branch: 0, tune: 0}", "transfer.kinds=[public]", "evaluate.references=[]")
+    assert not {"write", "consult", "branch", "tune", "upcycle", "pooled_text", "dense_kd", "centralized"} & set(found)
+    assert counts(recipe="paper_mode")["consult"] == 4
+    assert counts("distill.objective.kind=vaa")["consult"] == 16
+
+
+def test_phases_that_are_planned_already_are_not_told_again() -> None:
+    assert list(counts(planned=set(STEPS) - {"evaluate", "report"})) == ["evaluate", "report"]
+
+
+def test_what_only_the_text_tells_is_not_made_up() -> None:
+    devices, *others = waiting(Recipe.load("demo", ["data.partition.mode=given"]), set())
+    assert (devices.count, devices.reason) == (4, "at least 4 steps, one for each device that the text names")
+    assert next(step.reason for step in others if step.phase == "proxy").startswith(
+        "at least 4 steps, one for each lineage"
+    )
+    assert next(step.reason for step in others if step.phase == "branch") == "4 steps, one for each cluster"
