@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from deepfusion.inference import read_questions
+from deepfusion.data.corpora import read_questions
 
 
 def lines(path: Path, *rows: dict[str, object]) -> Path:
@@ -25,6 +25,14 @@ def test_a_row_of_real_data_is_prompted_as_in_a_run(tmp_path: Path) -> None:
     assert (question.prompt, question.answer, question.private) == ("A case.\nWho?\n", "Ada", True)
 
 
+def test_a_group_is_as_private_as_in_a_run(tmp_path: Path) -> None:
+    """Told here by a private row of the group, which is not asked itself."""
+    row = {"domain": "law", "group": "case", "question": "Who?", "answer": "Ada"}
+    held = row | {"id": "a", "split": "private", "private_group": True}
+    [question] = read_questions(lines(tmp_path / "q.jsonl", held, row | {"id": "b", "split": "test"}))
+    assert (question.id, question.private) == ("b", True)
+
+
 def test_only_test_rows_of_real_data_count(tmp_path: Path) -> None:
     row = {"domain": "law", "question": "Who?", "answer": "Ada"}
     path = lines(tmp_path / "q.jsonl", row | {"id": "a", "split": "public"}, row | {"id": "b", "split": "test"})
@@ -40,5 +48,5 @@ def test_a_file_without_test_rows_is_refused(tmp_path: Path) -> None:
 def test_a_bad_row_is_named(tmp_path: Path) -> None:
     good = {"id": "a", "domain": "law", "question": "Who?", "answer": "Ada"}
     path = lines(tmp_path / "q.jsonl", good, good | {"answer": None})
-    with pytest.raises(ValueError, match=r"q\.jsonl, line 2: answer: Input should be a valid string"):
+    with pytest.raises(ValueError, match=r"q\.jsonl, line 2 has no 'answer'"):
         list(read_questions(path))

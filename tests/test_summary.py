@@ -144,5 +144,5 @@ def test_a_checkpoints_own_metrics_have_the_same_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("waiting", "end"), [(1, "1 waits for those"), (2, "2 wait for those")])
 def test_a_plan_counts(waiting: int, end: str) -> None:
-    planned = [SimpleNamespace(phase="joint", item=None, state="wait", reason="…")] * waiting
+    planned = [SimpleNamespace(phase="joint", item=None, state="wait", reason="…", count=waiting)]
     assert printed(plan(planned))[-1] == f"0 done, 0 would run, {end}"  # pyright: ignore[reportArgumentType]

@@ -79,7 +79,7 @@ def plan(steps: Sequence[PlannedStep]) -> list[RenderableType]:
     for step in steps:
         state = f"[{colours[step.state]}]{step.state}[/]"
         table.add_row(escape(step.phase), escape(step.item or ""), state, escape(step.reason))
-    counts = {state: sum(step.state == state for step in steps) for state in colours}
+    counts = {state: sum(step.count for step in steps if step.state == state) for state in colours}
     waits = "waits" if counts["wait"] == 1 else "wait"
     return [table, f"{counts['done']} done, {counts['run']} would run, {counts['wait']} {waits} for those"]
 
