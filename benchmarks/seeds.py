@@ -18,12 +18,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-METRICS = {
-    "token_accuracy": "accuracy",
-    "token_log_perplexity": "log-perplexity",
-    "choice_accuracy": "choices right",
-}
-SUBSETS = {"private_only": "what only devices know", "public": "public", "all": "all test questions"}
+from deepfusion.labels import METRICS, SUBSETS
+
+MEASURES = ("token_accuracy", "token_log_perplexity", "choice_accuracy")
 
 
 def main() -> None:
@@ -77,10 +74,14 @@ def report(name: str, recipe: str, seeds: list[int], overrides: list[str], found
         systems = dict.fromkeys(row["system"] for row in found[0]["rows"] if row["subset"] == subset)
         if not systems:
             continue
-        lines += [f"## {title[0].upper() + title[1:]}", "", "| system | " + " | ".join(METRICS.values()) + " |"]
-        lines += ["|---|" + "---:|" * len(METRICS)]
+        lines += [
+            f"## {title[0].upper() + title[1:]}",
+            "",
+            "| system | " + " | ".join(METRICS[m] for m in MEASURES) + " |",
+        ]
+        lines += ["|---|" + "---:|" * len(MEASURES)]
         for system in systems:
-            cells = [spread([best(results, system, subset, metric) for results in found]) for metric in METRICS]
+            cells = [spread([best(results, system, subset, metric) for results in found]) for metric in MEASURES]
             lines.append(f"| {system} | " + " | ".join(cells) + " |")
         lines.append("")
     lines += per_seed(seeds, found)
@@ -106,7 +107,7 @@ def report(name: str, recipe: str, seeds: list[int], overrides: list[str], found
 
 def per_seed(seeds: list[int], found: list[dict[str, Any]]) -> list[str]:
     """Accuracy / nats per answer token on what only devices know, one column a seed."""
-    lines = [f"## Seed by seed: accuracy / log-perplexity on {SUBSETS['private_only']}", ""]
+    lines = [f"## Seed by seed: token accuracy / log-perplexity on {SUBSETS['private_only']}", ""]
     lines += ["| system | " + " | ".join(f"seed {seed}" for seed in seeds) + " |", "|---|" + "---:|" * len(seeds)]
     for system in dict.fromkeys(row["system"] for row in found[0]["rows"]):
         pairs = [[best(r, system, "private_only", f"token_{m}") for m in ("accuracy", "log_perplexity")] for r in found]
