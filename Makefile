@@ -47,9 +47,9 @@ docs: .venv/dev.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: .venv/runtime.stamp
-	$(QUIET_LIBRARIES) $(BIN)/python benchmarks/seeds.py demo --report benchmarks/demo.md
+	$(QUIET_LIBRARIES) $(BIN)/python benchmarks/seeds.py demo --seeds 3 4 5 --report benchmarks/demo.md
 	$(QUIET_LIBRARIES) $(BIN)/python benchmarks/seeds.py capacity --report benchmarks/capacity.md
-	$(QUIET_LIBRARIES) $(BIN)/python benchmarks/seeds.py paper_mode --report benchmarks/paper_mode.md
+	$(QUIET_LIBRARIES) $(BIN)/python benchmarks/seeds.py paper_mode --seeds 3 4 5 --report benchmarks/paper_mode.md
 
 clean:
 	rm -rf .venv site build dist .pytest_cache .ruff_cache .hypothesis

@@ -58,6 +58,13 @@ def test_a_given_checkpoint_is_taken_as_it_is(tmp_path: Path) -> None:
     assert taken.lineage == checkpoint("gpt2", tmp_path / "same", hidden=32, layers=2, heads=4).lineage
 
 
+def test_a_missing_tokenizer_is_told_of_the_folder_that_was_given(tmp_path: Path) -> None:
+    given = pico("llama", tmp_path / "given")
+    (given / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=f"^{given} has no tokenizer"):
+        take(str(given), into=folder(tmp_path / "taken"))
+
+
 def test_a_broken_checkpoint_is_not_taken(tmp_path: Path) -> None:
     given = pico("gpt2", tmp_path / "given")
     (given / "model.safetensors").unlink()

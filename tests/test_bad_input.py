@@ -184,7 +184,7 @@ def test_an_answer_longer_than_the_context_is_named(split: str, fail: Fail) -> N
     long = ROWS[0] | {"id": f"{split}-long", "split": split, "answer": "Ann " * 99}
     message = fail(tree=rows(long))
     assert f"the answer of document '{split}-long' takes " in message
-    assert "tokens and the context holds 62: raise training.context" in message
+    assert "tokens and the context holds 62: raise the phase's training.context" in message
     assert not {"device", "device.partial"} & set(left())
     assert not [name for name in left() if name.endswith(".partial")]
 

@@ -305,3 +305,22 @@ def test_leaving_by_an_error_ends_what_runs_and_drops_what_is_queued(
     assert left(tmp_path / "steps") == ["long.partial"]
     assert not any(future.done() and not future.cancelled() for future in (queued, behind))
     assert caplog.records == []
+
+
+class Hung:
+    """A watcher whose terminal has gone away."""
+
+    started = failed = message = lambda *_: None
+
+    def finished(self, *_: object, **__: object) -> None:
+        raise SystemExit(1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nobody_waits_for_ever_when_the_terminal_is_gone(workers: int, tmp_path: Path) -> None:
+    """rich leaves the program when nobody reads what it prints, and may do so in any thread."""
+    with (
+        pytest.raises(SystemExit),
+        Engine(Store(tmp_path), Runtime(workers=workers), Hung()) as engine,  # pyright: ignore[reportArgumentType]
+    ):
+        note(engine, "one").result(timeout=60)

@@ -1,11 +1,17 @@
-"""Reading questions for `deepfusion evaluate`."""
+"""Trying out checkpoints: questions as `deepfusion evaluate` reads them, and models that cannot be tried."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from deepfusion.config import Runtime
 from deepfusion.data.corpora import read_questions
+from deepfusion.inference import complete
+from pico import pico
 
 
 def lines(path: Path, *rows: dict[str, object]) -> Path:
@@ -50,3 +56,13 @@ def test_a_bad_row_is_named(tmp_path: Path) -> None:
     path = lines(tmp_path / "q.jsonl", good, good | {"answer": None})
     with pytest.raises(ValueError, match=r"q\.jsonl, line 2 has no 'answer'"):
         list(read_questions(path))
+
+
+def test_a_checkpoint_that_is_no_numbers_is_refused(tmp_path: Path) -> None:
+    folder = pico("llama", tmp_path / "broken")
+    path = folder / "model.safetensors"
+    held = load_file(path)
+    name = next(iter(held))
+    save_file(held | {name: torch.full_like(held[name], float("nan"))}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"tensor {re.escape(name)} holds NaN or infinity"):
+        complete(folder, "Once", 4, 0.0, 0, Runtime())

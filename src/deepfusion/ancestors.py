@@ -57,5 +57,6 @@ def take(path: str, *, into: Path) -> Checkpoint:
     folder = Path(path)
     with reading_inputs():
         checkpoints.validate(folder)
+        checkpoints.open_tokenizer(folder)  # here, where the message still names the folder that was given
     link_tree(folder, into)
     return checkpoints.as_checkpoint(into)

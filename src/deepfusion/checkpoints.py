@@ -186,6 +186,15 @@ def validate(folder: Path) -> None:
             raise ValueError(f"{folder}: a {config.model_type} model has no tensor {name}")
     if missing := sorted(needed - seen):
         raise ValueError(f"{folder}: tensor {missing[0]} is missing")
+    check_finite(folder)
+
+
+def check_finite(folder: Path) -> None:
+    """Read a checkpoint through, one tensor in memory.
+
+    Raises:
+        ValueError: names the tensor whose values are not all finite.
+    """
     for name, tensor in tensors(folder):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{folder}: tensor {name} holds NaN or infinity")

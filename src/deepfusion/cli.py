@@ -207,7 +207,7 @@ def _run(recipe: Recipe, folder: Path | None, runtime: Runtime, quiet: bool, as_
 def plan(recipe: RecipeName, overrides: Overrides = None, folder: Out = None, as_json: AsJson = False) -> None:
     """List what a run would do, step by step, and why. Runs nothing.
 
-    Example: `deepfusion plan recipes/demo.yaml --set distill.objective.beta=3`
+    Example: `deepfusion plan recipes/demo.yaml --set distill.objective.beta=10`
     """
     from deepfusion import pipeline, summary
 

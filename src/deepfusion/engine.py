@@ -202,10 +202,13 @@ class Engine:
     def _run(self, task: _Task, worker: subprocess.Popen[bytes] | None) -> None:
         try:
             artifact = self._build(task.step, worker)
-        except Exception as error:
-            if task.expendable and not self._closed and not concerns_all(error):
-                self.watch.failed(task.step.name, f"{error}; the run goes on without it")
+        except BaseException as error:  # also what a console raises whose reader is gone: somebody waits for an answer
             task.future.set_exception(error)
+            if not isinstance(error, Exception):
+                if worker is None:
+                    raise
+            elif task.expendable and not self._closed and not concerns_all(error):
+                self.watch.failed(task.step.name, f"{error}; the run goes on without it")
         else:
             task.future.set_result(artifact)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from deepfusion.checkpoints import open_config, open_model, open_tokenizer
+from deepfusion.checkpoints import check_finite, open_config, open_model, open_tokenizer
 from deepfusion.config import EvaluatePhase, Runtime
 from deepfusion.data.batches import Tokenizer
 from deepfusion.data.corpora import read_questions
@@ -64,6 +64,7 @@ def complete(model: Path, prompt: str, max_new_tokens: int, temperature: float, 
 
 def _prepare(model: Path, runtime: Runtime) -> None:
     open_config(model)
+    check_finite(model)  # its scores would be no numbers, and what it writes nothing
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there[runtime.accelerator]:
         raise ValueError(f"this machine has no {runtime.accelerator}: use --accelerator cpu")
