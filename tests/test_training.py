@@ -1,7 +1,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -103,6 +103,23 @@ def test_the_loss_goes_down(model_type: str, tmp_path: Path) -> None:
     progress = json.loads((tmp_path / "run" / PROGRESS).read_text())
     assert progress["unit"] == "tokens"
     assert progress["total"] == pytest.approx(done.tokens)
+
+
+@pytest.mark.parametrize(("compute", "products"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_low_precision_is_of_products_and_not_of_weights(
+    compute: Literal["float32", "bfloat16"], products: torch.dtype, tmp_path: Path
+) -> None:
+    model, told = open_model(pico("llama", tmp_path / "llama", hidden=16)), text()
+    seen: set[torch.dtype] = set()
+    model.get_submodule("model.layers.0.mlp.up_proj").register_forward_hook(lambda *a: seen.add(a[-1].dtype))
+    training = TRAINING.model_copy(update={"compute": compute})
+    learner = Learner(model, build_objective(LogitsObjective(beta=0), 16, 2, {}))
+    (tmp_path / "run").mkdir()
+    done = fit(learner, Schedule(told, 2000, training, packs=True, seed=1), training, seed=3, into=tmp_path / "run",
+               runtime=NEVER)  # fmt: skip
+    assert seen == {products}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert done.losses[-1][1] < done.losses[0][1] / 2
 
 
 def test_frozen_weights_do_not_change_by_a_bit(tmp_path: Path) -> None:

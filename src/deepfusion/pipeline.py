@@ -169,7 +169,9 @@ class _Method:
         )  # fmt: skip
         lessons, paid = transfer, {}
         if recipe.distill.shifted:
-            lessons = self.go(TransferSet, "shift", base=base, transfer=transfer, priority=FIRST)
+            lessons = self.go(
+                TransferSet, "shift", base=base, transfer=transfer, config=recipe.transfer, priority=FIRST
+            )  # fmt: skip
             paid = {"paid": [lessons]}
 
         # Phase II: one student learns from everyone; copies of it go on, each in its own domain.

@@ -220,6 +220,7 @@ def fit(
         disable_tqdm=True,
         report_to="none",
         use_cpu=runtime.accelerator == "cpu",
+        bf16=training.compute == "bfloat16",
         seed=seed,
         log_level="error",
     )

@@ -194,7 +194,7 @@ def log_p(model: Checkpoint, ids: np.ndarray) -> torch.Tensor:
 
 
 def test_the_writers_own_tokens_are_shifted_one_by_one(world: World, tmp_path: Path) -> None:
-    made = shift(world.base, world.transfer, into=folder(tmp_path / "a"), runtime=HERE)
+    made = shift(world.base, world.transfer, TransferPhase(), into=folder(tmp_path / "a"), runtime=HERE)
     was, now = signals(world.transfer, "d-law"), signals(made, "d-law")
     assert (now.tokenizer, now.lineage, list(now.of)) == (was.tokenizer, was.lineage, list(was.of))
     for name, told in was.of.items():
@@ -217,7 +217,7 @@ def test_the_writers_own_tokens_are_shifted_one_by_one(world: World, tmp_path: P
 
 
 def test_other_tokens_are_shifted_chunk_by_chunk(world: World, tmp_path: Path) -> None:
-    made = shift(world.base, world.transfer, into=folder(tmp_path / "a"), runtime=HERE)
+    made = shift(world.base, world.transfer, TransferPhase(), into=folder(tmp_path / "a"), runtime=HERE)
     was, now = signals(world.transfer, "d-food"), signals(made, "d-food")
     student = Tokenizer(open_tokenizer(world.base.folder))
     assert was.tokenizer != student.fingerprint
@@ -242,7 +242,9 @@ def test_other_tokens_are_shifted_chunk_by_chunk(world: World, tmp_path: Path) -
 
 
 def test_all_but_the_probabilities_stays(world: World, tmp_path: Path) -> None:
-    made, again = (shift(world.base, world.transfer, into=folder(tmp_path / n), runtime=HERE) for n in "ab")
+    made, again = (
+        shift(world.base, world.transfer, TransferPhase(), into=folder(tmp_path / name), runtime=HERE) for name in "ab"
+    )
     assert made.digest == again.digest != world.transfer.digest
     assert TransferSet.load(tmp_path / "a") == made
     assert made.documents.read_bytes() == world.transfer.documents.read_bytes()
@@ -256,8 +258,8 @@ def test_all_but_the_probabilities_stays(world: World, tmp_path: Path) -> None:
 
 
 def test_what_was_shifted_is_not_shifted_again(world: World, tmp_path: Path) -> None:
-    made = shift(world.base, world.transfer, into=folder(tmp_path / "a"), runtime=HERE)
-    again = shift(world.base, made, into=folder(tmp_path / "b"), runtime=HERE)
+    made = shift(world.base, world.transfer, TransferPhase(), into=folder(tmp_path / "a"), runtime=HERE)
+    again = shift(world.base, made, TransferPhase(), into=folder(tmp_path / "b"), runtime=HERE)
     assert again.work == Work()
     for device in world.others:
         path = Path("signals") / f"{device}.safetensors"
@@ -266,7 +268,10 @@ def test_what_was_shifted_is_not_shifted_again(world: World, tmp_path: Path) -> 
 
 def test_an_interrupted_attempt_harms_nothing(world: World, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in world.transfer.folder.rglob("*") if path.is_file()}
-    digests = {shift(world.base, world.transfer, into=folder(tmp_path / "a"), runtime=HERE).digest for _ in range(2)}
+    digests = {
+        shift(world.base, world.transfer, TransferPhase(), into=folder(tmp_path / "a"), runtime=HERE).digest
+        for _ in range(2)
+    }
     assert len(digests) == 1
     assert {path: path.read_bytes() for path in before} == before
 
@@ -274,7 +279,7 @@ def test_an_interrupted_attempt_harms_nothing(world: World, tmp_path: Path) -> N
 def test_the_base_as_everyones_ancestor_changes_nothing(world: World, tmp_path: Path) -> None:
     """Of a writer with the base's tokenizer that started from the base itself, what it said is what is taught."""
     started = world.written(tmp_path / "started", {**world.before, "d-law": world.base})
-    made = shift(world.base, started, into=folder(tmp_path / "a"), runtime=HERE)
+    made = shift(world.base, started, TransferPhase(), into=folder(tmp_path / "a"), runtime=HERE)
     for name, told in signals(started, "d-law").of.items():
         found = signals(made, "d-law").of[name]
         rows = np.isfinite(told.logprobs)
@@ -284,7 +289,7 @@ def test_the_base_as_everyones_ancestor_changes_nothing(world: World, tmp_path: 
 
 def test_writers_who_learned_nothing_teach_the_base_its_own(world: World, tmp_path: Path) -> None:
     idle = world.written(tmp_path / "idle", world.others)
-    made = shift(world.base, idle, into=folder(tmp_path / "a"), runtime=HERE)
+    made = shift(world.base, idle, TransferPhase(), into=folder(tmp_path / "a"), runtime=HERE)
     student = Tokenizer(open_tokenizer(world.base.folder))
     for name, told in signals(idle, "d-law").of.items():
         found, rows = signals(made, "d-law").of[name], np.isfinite(told.logprobs)
@@ -305,7 +310,7 @@ def test_writers_who_learned_nothing_teach_the_base_its_own(world: World, tmp_pa
 
 def test_without_ancestors_nothing_is_shifted(world: World, tmp_path: Path) -> None:
     plain = transfer(folder(tmp_path / "plain"), world.others["d-law"])
-    made = shift(world.base, plain, into=folder(tmp_path / "a"), runtime=HERE)
+    made = shift(world.base, plain, TransferPhase(), into=folder(tmp_path / "a"), runtime=HERE)
     assert made.work == Work()
     assert made.digest == plain.model_copy(update={"work": Work()}).sealed().digest
 
@@ -317,7 +322,7 @@ def test_what_the_base_cannot_read_stays_as_it_is(
     text = world.written(tmp_path / "text", world.before)
     longest = max(len(signal.ids) for signal in signals(text, "d-law").of.values())
     base = checkpoint("llama", tmp_path / "short", context=longest - 1)
-    made = shift(base, text, into=folder(tmp_path / "a"), runtime=HERE)
+    made = shift(base, text, TransferPhase(), into=folder(tmp_path / "a"), runtime=HERE)
     for name, told in signals(text, "d-law").of.items():
         assert (signals(made, "d-law").of[name].before is None) == (len(told.ids) < longest)
     assert made.work.tokens > 0
@@ -326,7 +331,7 @@ def test_what_the_base_cannot_read_stays_as_it_is(
     normalise(base.folder)
     found = [d.model_copy(update={"answer": d.answer + "e\u0301"}) for d in texts(text).values()]
     write_jsonl(text.documents, found)
-    made = shift(base, text, into=folder(tmp_path / "b"), runtime=HERE)
+    made = shift(base, text, TransferPhase(), into=folder(tmp_path / "b"), runtime=HERE)
     assert made.work == Work()
     for device in world.others:
         assert (made.signals / f"{device}.safetensors").read_bytes() == (
@@ -374,7 +379,7 @@ def test_devices_write_and_students_learn_what_they_learned(tmp_path: Path) -> N
         ]  # fmt: skip
         written = gather(writings, groups, text, config, encoder="hashing", into=folder(into / "transfer"))
         assert set(written.by_writer) == set(ancestors)
-        made = shift(base, written, into=folder(into / "shift"), runtime=HERE)
+        made = shift(base, written, TransferPhase(), into=folder(into / "shift"), runtime=HERE)
         assert (made.work.tokens > 0) == bool(keep)
         lessons.append(transfer_lessons(base, made, (), FAST, objective=LogitsObjective()))
     shifted, plain = lessons

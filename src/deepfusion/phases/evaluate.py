@@ -54,7 +54,7 @@ def evaluate(
     questions = list(read_jsonl(path, Question))
     if not questions:
         raise InputError(f"{path} holds no question to evaluate on")
-    network: Any = open_model(folder)
+    network: Any = open_model(folder, getattr(torch, config.dtype))
     network.to(runtime.accelerator)
     tokenizer = open_tokenizer(folder)
     table, start = vocabulary_bytes(tokenizer), start_id(tokenizer)

@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float
 from transformers import PreTrainedModel
 
 from deepfusion import checkpoints
 from deepfusion.artifacts import Checkpoint, TransferSet, Work
-from deepfusion.config import Runtime
+from deepfusion.config import Runtime, TransferPhase
 from deepfusion.data.batches import Tokenizer, chunk_spans, spelt
 from deepfusion.data.documents import TransferDocument, read_jsonl
 from deepfusion.progress import Ticker
@@ -40,7 +41,9 @@ class _Reading:
     spans: Spans | None  # chunks shared with the writer's tokens; none: these are the writer's tokens
 
 
-def shift(base: Checkpoint, transfer: TransferSet, *, into: Path, runtime: Runtime) -> TransferSet:
+def shift(
+    base: Checkpoint, transfer: TransferSet, config: TransferPhase, *, into: Path, runtime: Runtime
+) -> TransferSet:
     """The transfer set with every writer's probabilities as a shift of the base's own.
 
     Signals without their writer's ancestor's probabilities stay as they are, and so do those on documents that the base
@@ -50,7 +53,7 @@ def shift(base: Checkpoint, transfer: TransferSet, *, into: Path, runtime: Runti
     Returns:
         The same documents, counts and notices; `work` is that of asking the base alone.
     """
-    model = checkpoints.open_model(base.folder, accelerator=runtime.accelerator)
+    model = checkpoints.open_model(base.folder, getattr(torch, config.dtype), runtime.accelerator)
     tokenizer = Tokenizer(checkpoints.open_tokenizer(base.folder))
     documents = {document.id: document for document in read_jsonl(transfer.documents, TransferDocument)}
     ticker = Ticker(into, sum(document.writer is not None for document in documents.values()), "documents")

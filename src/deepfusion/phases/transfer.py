@@ -86,7 +86,7 @@ def write_cluster(
     by_writer: dict[str, int] = {}
     work = scoring
     for number, writer in enumerate(writers):
-        model, tokenizer = _open(writer, runtime)
+        model, tokenizer = _open(writer.folder, config, runtime)
         generator = torch.Generator(device=model.device).manual_seed(1_000_003 * seed + 1009 * cluster + number)
         signals: dict[str, Signal] = {}
         jobs = [("answered", question) for question in to_answer[number]] + [("sampled", None)] * share[number]
@@ -118,7 +118,7 @@ def write_cluster(
                     signals[document.id] = one.signal
                 ticker.advance(len(batch))
         if signals:
-            ancestor = checkpoints.open_model(ancestors[writer.lineage].folder, accelerator=runtime.accelerator)
+            ancestor, _ = _open(ancestors[writer.lineage].folder, config, runtime)
             signals = with_gain(signals, ancestor, tokenizer, keep_before=keep_before)
             tokens = sum(len(signal.ids) for signal in signals.values())
             work += Work(tokens=tokens, forward=float(tokens * writer.active_parameters))
@@ -177,9 +177,9 @@ def gather(
     ).sealed()
 
 
-def _open(writer: Writer, runtime: Runtime) -> tuple[PreTrainedModel, Tokenizer]:
-    model = checkpoints.open_model(writer.folder, accelerator=runtime.accelerator)
-    return model, Tokenizer(checkpoints.open_tokenizer(writer.folder))
+def _open(folder: Path, config: TransferPhase, runtime: Runtime) -> tuple[PreTrainedModel, Tokenizer]:
+    model = checkpoints.open_model(folder, getattr(torch, config.dtype), runtime.accelerator)
+    return model, Tokenizer(checkpoints.open_tokenizer(folder))
 
 
 def _questions_of(cluster: int, clusters: Clusters, corpus: Corpus, encoder: str) -> list[Document]:
@@ -205,10 +205,10 @@ def _who_answers(
     gain = np.zeros((len(writers), len(questions)))
     work = Work()
     for number, writer in enumerate(writers):
-        model, tokenizer = _open(writer, runtime)
+        model, tokenizer = _open(writer.folder, config, runtime)
         passes = 1 if writer.lineage in before else 2  # an ancestor is asked once
         if writer.lineage not in before:
-            ancestor = checkpoints.open_model(ancestors[writer.lineage].folder, accelerator=runtime.accelerator)
+            ancestor, _ = _open(ancestors[writer.lineage].folder, config, runtime)
             before[writer.lineage] = prompt_nats(ancestor, tokenizer, prompts)
         gain[number] = before[writer.lineage] - prompt_nats(model, tokenizer, prompts)
         tokens = passes * sum(len(tokenizer.encode(prompt)[0]) + 1 for prompt in prompts)
