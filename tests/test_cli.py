@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from deepfusion import cli, pipeline
 from deepfusion.artifacts import Report
 from deepfusion.config import Recipe, Runtime
-from deepfusion.engine import PlannedStep
+from deepfusion.planner import PlannedStep
 from pico import pico
 
 RECIPE = """

@@ -14,7 +14,7 @@ import deepfusion.engine
 import steps
 from deepfusion.artifacts import MANIFEST
 from deepfusion.config import Runtime
-from deepfusion.engine import Engine, NotYetRunError, Planner, StepError
+from deepfusion.engine import Engine, StepError
 from deepfusion.errors import InputError
 from deepfusion.store import Store
 from steps import Note
@@ -166,35 +166,6 @@ def test_ctrl_c_reaches_a_step_and_leaves_it_to_go_on_from(tmp_path: Path) -> No
     assert left(tmp_path) == ["a.partial"]
     with Engine(Store(tmp_path), HERE) as engine:
         assert note(engine, "x", "interrupted").result().text == "x"
-
-
-# ── a plan ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_planner_runs_nothing_and_says_why(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    with Engine(store, HERE) as engine:
-        note(engine, "done", item="done").result()
-        with pytest.raises(StepError):
-            note(engine, "x", "tried", item="half").result()
-    planner = Planner(store, HERE)
-    done, half, fresh = (
-        note(planner, "done", item="done"),
-        note(planner, "x", "tried", item="half"),
-        note(planner, "y", item="fresh"),
-    )
-    after = planner.submit("join", "steps:joined", 1, Note, notes=[done, fresh], by={})
-    assert done.result().text == "done"
-    for future in (half, fresh, after):
-        assert isinstance(future.exception(), NotYetRunError)
-    assert [(s.phase, s.item, s.state) for s in planner.steps] == [
-        ("notes", "done", "done"),
-        ("notes", "half", "run"),
-        ("notes", "fresh", "run"),
-        ("join", None, "wait"),
-    ]
-    assert [s.reason for s in planner.steps[1:3]] == ["goes on from where it was interrupted", "not in the store"]
-    assert left(tmp_path) == ["done", "half.partial"]
 
 
 # ── in worker processes ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -19,7 +19,7 @@ LAYERS = (
     ("phases", "conclusion"),
     ("baselines",),
     ("engine", "worker", "preload", "steps"),
-    ("outlook", "references"),
+    ("planner", "outlook", "references"),
     ("pipeline", "inference"),
     ("cli", "display", "summary", "reference", "__init__"),
 )

@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, TypeVar, cast
+from typing import Any, Protocol, Self, TypeVar, cast
 
 from deepfusion.artifacts import Artifact
 from deepfusion.config import Runtime
@@ -76,7 +76,7 @@ class StepError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class _Task:
+class Task:
     """A step that waits to be run."""
 
     step: Step[Any]
@@ -104,7 +104,7 @@ class Engine:
     def __init__(self, store: Store, runtime: Runtime, watch: Watcher | None = None) -> None:
         self.store, self.runtime, self.watch = store, runtime, watch or Silent()
         self.done: list[Done] = []
-        self._ready: queue.PriorityQueue[tuple[int, int, _Task | None]] = queue.PriorityQueue()
+        self._ready: queue.PriorityQueue[tuple[int, int, Task | None]] = queue.PriorityQueue()
         self._count = itertools.count()
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -147,12 +147,12 @@ class Engine:
                 return
             broken = next((f for f in waits_for if f.cancelled() or f.exception() is not None), None)
             if broken is not None:
-                self._held_back(phase, item)
+                self.held_back(phase, item)
                 future.cancel() if broken.cancelled() else future.set_exception(broken.exception())
                 return
             try:
                 step = Step(phase, item, function, version, gives, resolved(arguments), also_keyed_by, unkeyed or {})
-                self._admit(_Task(step, future, expendable), priority)
+                self.admit(Task(step, future, expendable), priority)
             except Exception as error:
                 future.set_exception(error)
 
@@ -162,10 +162,11 @@ class Engine:
             awaited.add_done_callback(settle_one)
         return future
 
-    def _held_back(self, phase: str, item: str | None) -> None:
+    def held_back(self, phase: str, item: str | None) -> None:
         """A step cannot run, for one that it depends on has not."""
 
-    def _admit(self, task: _Task, priority: int) -> None:
+    def admit(self, task: Task, priority: int) -> None:
+        """A step can run, for all that it depends on is there: take it from the store, or hand it to a worker."""
         step = task.step
         artifact = self.store.find(step)
         if artifact is not None:
@@ -199,7 +200,7 @@ class Engine:
             else:
                 self._run(task, worker)
 
-    def _run(self, task: _Task, worker: subprocess.Popen[bytes] | None) -> None:
+    def _run(self, task: Task, worker: subprocess.Popen[bytes] | None) -> None:
         try:
             artifact = self._build(task.step, worker)
         except BaseException as error:  # also what a console raises whose reader is gone: somebody waits for an answer
@@ -297,44 +298,6 @@ def _told(step: Step[Any], error: dict[str, Any], log: Path | None = None) -> Ex
 def _written(log: Path) -> Path | None:
     """A log, if there is anything in it."""
     return log if log.is_file() else None
-
-
-class NotYetRunError(Exception):
-    """What a planner says of a step that is not in the store."""
-
-
-@dataclass(frozen=True)
-class PlannedStep:
-    """One line of a plan."""
-
-    phase: str
-    item: str | None
-    state: Literal["done", "run", "wait"]
-    reason: str
-    count: int = 1  # of steps that it stands for, where they cannot be told one by one yet; or at least as many
-
-
-class Planner(Engine):
-    """An engine that runs nothing: it notes what is done, what would run, and what waits for that."""
-
-    def __init__(self, store: Store, runtime: Runtime) -> None:
-        super().__init__(store, runtime)
-        self.steps: list[PlannedStep] = []
-
-    def _held_back(self, phase: str, item: str | None) -> None:
-        self.steps.append(PlannedStep(phase, item, "wait", "depends on steps that have not run"))
-
-    def _admit(self, task: _Task, priority: int) -> None:
-        step = task.step
-        artifact = self.store.find(step)
-        if artifact is not None:
-            self.steps.append(PlannedStep(step.phase, step.item, "done", f"in the store as {step.key[:12]}"))
-            task.future.set_result(artifact)
-            return
-        under_way = self.store.partial(step).is_dir()
-        reason = "goes on from where it was interrupted" if under_way else "not in the store"
-        self.steps.append(PlannedStep(step.phase, step.item, "run", reason))
-        task.future.set_exception(NotYetRunError(step.name))
 
 
 def _start_worker() -> subprocess.Popen[bytes]:

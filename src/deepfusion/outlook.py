@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from deepfusion.config import Recipe, VAAObjective
-from deepfusion.engine import PlannedStep
+from deepfusion.planner import PlannedStep
 
 
 def waiting(recipe: Recipe, planned: set[str]) -> list[PlannedStep]:

@@ -28,19 +28,11 @@ from deepfusion.artifacts import (
     Writing,
 )
 from deepfusion.config import ModelSource, Recipe, Runtime
-from deepfusion.engine import (
-    Engine,
-    NotYetRunError,
-    PlannedStep,
-    Planner,
-    StepError,
-    Watcher,
-    futures,
-    resolved,
-)
+from deepfusion.engine import Engine, StepError, Watcher, futures, resolved
 from deepfusion.errors import InputError, concerns_all
 from deepfusion.inputs import by_content
 from deepfusion.outlook import waiting
+from deepfusion.planner import NotYetRunError, PlannedStep, Planner
 from deepfusion.references import references
 from deepfusion.roles import Teacher
 from deepfusion.steps import FIRST, LAST, STEPS, placed

@@ -18,8 +18,8 @@ from deepfusion.labels import METRICS, SUBSETS, in_order, joined, kind, left_out
 from deepfusion.outcome import SCHEMA
 
 if TYPE_CHECKING:
-    from deepfusion.engine import PlannedStep
     from deepfusion.metrics import ResultRow, Subset
+    from deepfusion.planner import PlannedStep
 
 INSIDE = ("clusters", "transfer", "routing", "bytes", "memory", "rejected", "warnings")
 KINDS = {"control": "same text and compute:", "bound": "all text in one place:", "other": "others:"}
