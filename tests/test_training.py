@@ -13,7 +13,7 @@ from deepfusion.checkpoints import open_model
 from deepfusion.config import LogitsObjective, Runtime, Training, VAAObjective
 from deepfusion.data.batches import Lesson, Schedule, collate
 from deepfusion.families import family
-from deepfusion.objectives import Objective, build_objective
+from deepfusion.objectives import Objective, Predictions, build_objective
 from deepfusion.progress import PROGRESS
 from deepfusion.routing import routers
 from deepfusion.training import COMPLETE, SCRATCH, Fit, Learner, fit
@@ -37,13 +37,13 @@ class Interrupting(Objective):
         self.needs_hidden_states = inner.needs_hidden_states
 
     def forward(
-        self, batch: Mapping[str, Tensor], logits: Tensor, hidden_states: tuple[Tensor, ...] | None = None
+        self, batch: Mapping[str, Tensor], predictions: Predictions, hidden_states: tuple[Tensor, ...] | None = None
     ) -> dict[str, Tensor]:
         if self.left is not None and self.training:
             self.left -= 1
             if not self.left:
                 raise Interrupted
-        return self.inner(batch, logits, hidden_states)
+        return self.inner(batch, predictions, hidden_states)
 
 
 def text(count: int = 12, seed: int = 0) -> list[Lesson]:

@@ -17,8 +17,8 @@ from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 
 from deepfusion.config import Runtime, Training
 from deepfusion.data.batches import Schedule, collate, isolation_mask
-from deepfusion.families import family
-from deepfusion.objectives.base import Objective
+from deepfusion.families import family, head
+from deepfusion.objectives.base import Objective, Predictions
 from deepfusion.progress import Ticker
 
 SCRATCH = ".trainer"  # hidden: never part of an artifact
@@ -50,7 +50,7 @@ class Learner(nn.Module):
             hidden_states=self.objective.needs_hidden_states,
             router_logits=self.balance > 0 or self.ownership > 0,
         )
-        terms = self.objective(batch, outputs.logits, outputs.hidden_states)
+        terms = self.objective(batch, outputs.predictions, outputs.hidden_states)
         loss = terms["loss"]
         if self.balance:
             config = self.student.config
@@ -83,7 +83,7 @@ class Learner(nn.Module):
 class Outputs:
     """What a forward pass gave."""
 
-    logits: Tensor  # [B, T, V]
+    predictions: Predictions  # head not yet applied
     hidden_states: tuple[Tensor, ...] | None  # embeddings, then after each layer: [B, T, H]
     router_logits: tuple[Tensor, ...]  # per layer [B·T, experts]; empty unless asked for
 
@@ -96,21 +96,15 @@ def run(
     Raises:
         ValueError: a row holds several documents and the family cannot keep them apart.
     """
-    inputs = _isolated(model, batch)
-    if not router_logits:
-        outputs: Any = model(**inputs, use_cache=False, output_hidden_states=hidden_states)
-        return Outputs(outputs.logits, outputs.hidden_states if hidden_states else None, ())
-    # Not through the head's own forward: with router logits it works out a load-balance loss of its own, and cannot
-    # with a four-dimensional mask.
-    outputs = model.base_model(**inputs, use_cache=False, output_hidden_states=hidden_states, output_router_logits=True)
-    logits = _head(model)(outputs.last_hidden_state)
-    return Outputs(logits, outputs.hidden_states if hidden_states else None, outputs.router_logits)
-
-
-def _head(model: PreTrainedModel) -> nn.Module:
-    head = model.get_output_embeddings()
-    assert head is not None, "a causal language model has an output head"
-    return head
+    asked: dict[str, Any] = {"output_router_logits": True} if router_logits else {}
+    outputs: Any = model.base_model(
+        **_isolated(model, batch), use_cache=False, output_hidden_states=hidden_states, **asked
+    )
+    return Outputs(
+        Predictions(outputs.last_hidden_state, head(model), model.config.vocab_size),
+        outputs.hidden_states if hidden_states else None,
+        outputs.router_logits if router_logits else (),
+    )
 
 
 def _isolated(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Any]:

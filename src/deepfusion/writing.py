@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deepfusion.data.batches import Tokenizer
-from deepfusion.families import family
+from deepfusion.families import family, head
 from deepfusion.scoring import LOGITS_AT_ONCE
 from deepfusion.signals import Signal
 
@@ -257,16 +257,12 @@ def next_logits(model: PreTrainedModel, states: Tensor, tokenizer: Tokenizer) ->
     Yields:
         Which positions, and their logits.
     """
-    head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
-    assert head is not None, "a causal language model has an output head"
+    project = head(model)
     last = states.shape[1] - 1
     size = max(1, LOGITS_AT_ONCE // (len(states) * model.config.vocab_size))
     for start in range(0, last, size):
         stop = min(start + size, last)
-        logits = head(states[:, start : start + size])
-        if cap is not None:  # Gemma's
-            logits = torch.tanh(logits / cap) * cap
-        yield slice(start, stop), logits[:, : stop - start, : len(tokenizer.table)]
+        yield slice(start, stop), project(states[:, start : start + size])[:, : stop - start, : len(tokenizer.table)]
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from deepfusion.config import LogitsObjective
 from deepfusion.losses import kl_divergence
-from deepfusion.objectives import Logits, logits
+from deepfusion.objectives import Logits, Predictions, logits
 
 torch.set_num_threads(1)
 
@@ -40,7 +40,7 @@ def spans() -> dict[str, Tensor]:
 
 
 def terms(objective: LogitsObjective, fields: dict[str, Tensor]) -> dict[str, float]:
-    return {name: value.item() for name, value in Logits(objective)(fields, student()).items()}
+    return {name: value.item() for name, value in Logits(objective)(fields, Predictions.of(student())).items()}
 
 
 def test_without_teachers_there_is_only_cross_entropy():
@@ -98,7 +98,7 @@ def test_a_teacher_kept_whole_is_the_dense_kl(temperature: float):
     kept, ids = teacher.log_softmax(-1).topk(5)
     fields = {"labels": torch.zeros(2, 4, dtype=torch.int64), "weights": torch.ones(2, 4)}
     fields |= {"topk_ids": ids, "topk_logprobs": kept, "topk_weight": weight}
-    found = Logits(LogitsObjective(temperature=temperature, label_teaches=False))(fields, mine)["kl"]
+    found = Logits(LogitsObjective(temperature=temperature, label_teaches=False))(fields, Predictions.of(mine))["kl"]
     torch.testing.assert_close(found, kl_divergence(mine, teacher, weight, temperature))
 
 
@@ -109,6 +109,6 @@ def test_large_batches_are_cut_into_blocks(monkeypatch: pytest.MonkeyPatch):
     for block in (logits.BLOCK, 6):
         monkeypatch.setattr(logits, "BLOCK", block)
         mine = values.clone().requires_grad_()
-        loss = Logits(LogitsObjective())(fields, mine)["loss"]
+        loss = Logits(LogitsObjective())(fields, Predictions.of(mine))["loss"]
         found.append((loss.detach(), torch.autograd.grad(loss, mine)[0]))
     torch.testing.assert_close(*found)

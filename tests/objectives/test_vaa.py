@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from deepfusion.alignment import patch_membership
 from deepfusion.config import LogitsObjective, VAAObjective
-from deepfusion.objectives import VAA, Logits, build_objective
+from deepfusion.objectives import VAA, Logits, Predictions, build_objective
 from deepfusion.objectives.vaa import pool, pool_patches, stage_ends, standardise
 
 torch.set_num_threads(1)
@@ -140,14 +140,14 @@ def test_permuting_documents_changes_nothing_else():
     permuted = dict(fields)
     permuted["labels"], permuted["weights"] = fields["labels"][order], fields["weights"][order]
     permuted["features:gpt2-a.b"] = fields["features:gpt2-a.b"][order]
-    found = vaa(permuted, logits[order], tuple(state[order] for state in states))
-    expected = vaa(fields, logits, states)
+    found = vaa(permuted, Predictions.of(logits[order]), tuple(state[order] for state in states))
+    expected = vaa(fields, Predictions.of(logits), states)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
     # Teachers' rows may come in any order too.
     fields["features_document:gpt2-a.b"] = order
     fields["features:gpt2-a.b"] = fields["features:gpt2-a.b"][order]
-    torch.testing.assert_close(vaa(fields, logits, states)["fm"], expected["fm"])
+    torch.testing.assert_close(vaa(fields, Predictions.of(logits), states)["fm"], expected["fm"])
 
 
 def test_teachers_count_by_document():
@@ -167,7 +167,10 @@ def test_the_loss_adds_features_to_the_logits_objective():
     student, fields = Student(), batch()
     vaa = objective(alpha=0.5)
     logits, states = student(fields["input_ids"])
-    terms, plain = vaa(fields, logits, states), Logits(LogitsObjective())(fields, logits)
+    terms, plain = (
+        vaa(fields, Predictions.of(logits), states),
+        Logits(LogitsObjective())(fields, Predictions.of(logits)),
+    )
     assert set(terms) == {"ce", "kl", "span", "fm", "loss"}
     torch.testing.assert_close(terms["loss"], plain["loss"] + 0.5 * terms["fm"])
 
@@ -187,7 +190,7 @@ def test_a_batch_without_features_trains_without_them():
     student, vaa = Student(), objective()
     fields = {key: value for key, value in batch().items() if not key.startswith(("features", "pool", "patch"))}
     logits, states = student(fields["input_ids"])
-    terms = vaa(fields, logits, states)
+    terms = vaa(fields, Predictions.of(logits), states)
     assert terms["fm"].item() == 0
     assert terms["loss"].item() == pytest.approx((terms["ce"] + vaa.config.beta * terms["kl"]).item())
 
@@ -212,9 +215,9 @@ def test_faults_are_named():
     student, fields, vaa = Student(), batch(), objective()
     logits, states = student(fields["input_ids"])
     with pytest.raises(ValueError, match="needs the 3 hidden states of 2 layers, not none"):
-        vaa(fields, logits)
+        vaa(fields, Predictions.of(logits))
     with pytest.raises(ValueError, match="no projection for teacher lineage opt"):
-        vaa({**fields, "features:opt": fields["features:gpt2-a.b"]}, logits, states)
+        vaa({**fields, "features:opt": fields["features:gpt2-a.b"]}, Predictions.of(logits), states)
     with pytest.raises(ValueError, match="width 4 is not a multiple"):
         objective(heads=3)
 

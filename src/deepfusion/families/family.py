@@ -120,6 +120,15 @@ class Family:
         return round(count)
 
 
+def head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """What makes logits of a causal model's last hidden states, soft cap (Gemma's) included."""
+    project, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
+    assert project is not None, "a causal language model has an output head"
+    if cap is None:
+        return project
+    return lambda states: torch.tanh(project(states) / cap) * cap
+
+
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """A model of shapes without weights (on the meta device)."""
     with torch.device("meta"):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from deepfusion.config import LogitsObjective, VAAObjective
-from deepfusion.objectives.base import Objective
+from deepfusion.objectives.base import Objective, Predictions
 from deepfusion.objectives.logits import Logits
 from deepfusion.objectives.vaa import VAA
 
-__all__ = ["OBJECTIVES", "VAA", "Logits", "Objective", "build_objective"]
+__all__ = ["OBJECTIVES", "VAA", "Logits", "Objective", "Predictions", "build_objective"]
 
 
 def _logits(config: LogitsObjective, width: int, layers: int, teacher_widths: Mapping[str, int]) -> Objective:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from deepfusion.config import LogitsObjective
 from deepfusion.losses import IGNORED, chunked_losses, span_divergence, token_logprobs, token_terms, weighted_mean
-from deepfusion.objectives.base import Objective
+from deepfusion.objectives.base import Objective, Predictions
 
 BLOCK = 1 << 25
-"""Logits that the loss looks at in one go (128 MiB in float32); larger batches are cut into blocks of tokens."""
+"""Logits that exist at one time (128 MiB in float32); of larger batches they are made in blocks of tokens, and made
+again in the backward pass."""
 
 
 class Logits(Objective):
@@ -36,14 +37,14 @@ class Logits(Objective):
         self.config = config
 
     def forward(
-        self, batch: Mapping[str, Tensor], logits: Tensor, hidden_states: tuple[Tensor, ...] | None = None
+        self, batch: Mapping[str, Tensor], predictions: Predictions, hidden_states: tuple[Tensor, ...] | None = None
     ) -> dict[str, Tensor]:
         """Terms `ce`, `kl`, `span` (before β and `span_weight`) and `loss`."""
         labels, weights = batch["labels"], batch["weights"]
-        logprobs, divergence = self._per_token(batch, logits)
+        logprobs, divergence = self._per_token(batch, predictions)
         ce = weighted_mean(-logprobs, weights * (labels != IGNORED))
 
-        kl, span, covered = logits.new_zeros(3, dtype=torch.float32)
+        kl, span, covered = logprobs.new_zeros(3)
         by_label = (labels != IGNORED) & self.config.label_teaches & (self.config.beta > 0)
         if "topk_ids" in batch:
             kl = (divergence * batch["topk_weight"]).sum()
@@ -61,7 +62,7 @@ class Logits(Objective):
         loss = ce + self.config.beta * (kl + self.config.span_weight * span)
         return {"ce": ce, "kl": kl, "span": span, "loss": loss}
 
-    def _per_token(self, batch: Mapping[str, Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
+    def _per_token(self, batch: Mapping[str, Tensor], predictions: Predictions) -> tuple[Tensor, Tensor]:
         """Log-probability of each label and KL to each position's teacher (0 without teacher fields), `[B, T]` each."""
         flat = {name: batch[name].flatten(0, 1) for name in ("labels", "topk_ids", "topk_logprobs") if name in batch}
 
@@ -73,10 +74,10 @@ class Logits(Objective):
             ids, kept = flat["topk_ids"][which], flat["topk_logprobs"][which]
             return torch.stack(token_terms(rows, labels, ids, kept, self.config.temperature), -1)
 
-        rows, everything = logits.flatten(0, 1), slice(None)
-        if rows.numel() <= BLOCK:
-            values = terms(rows, everything)
+        states, head, block = predictions.states, predictions.head, max(1, BLOCK // predictions.vocab)
+        if states.shape[0] * states.shape[1] <= block:
+            values = terms(head(states).flatten(0, 1), slice(None))
         else:
-            values = chunked_losses(rows, lambda block: block, max(1, BLOCK // rows.shape[-1]), terms)
-        logprobs, divergence = values.unflatten(0, logits.shape[:2]).unbind(-1)
+            values = chunked_losses(states.flatten(0, 1), head, block, terms)
+        logprobs, divergence = values.unflatten(0, states.shape[:2]).unbind(-1)
         return logprobs, divergence

@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from deepfusion.config import VAAObjective
 from deepfusion.losses import feature_mse
-from deepfusion.objectives.base import Objective
+from deepfusion.objectives.base import Objective, Predictions
 from deepfusion.objectives.logits import Logits
 
 KERNEL = 1
@@ -144,13 +144,13 @@ class VAA(Objective):
         self.attention = ViewAlignedAttention(config, student_width, teacher_widths)
 
     def forward(
-        self, batch: Mapping[str, Tensor], logits: Tensor, hidden_states: tuple[Tensor, ...] | None = None
+        self, batch: Mapping[str, Tensor], predictions: Predictions, hidden_states: tuple[Tensor, ...] | None = None
     ) -> dict[str, Tensor]:
         """Terms of `Logits`, `fm` (before α) and `loss`."""
         if hidden_states is None or len(hidden_states) != self.layers + 1:
             given = "none" if hidden_states is None else str(len(hidden_states))
             raise ValueError(f"VAA needs the {self.layers + 1} hidden states of {self.layers} layers, not {given}")
-        terms = self.logits(batch, logits)
+        terms = self.logits(batch, predictions)
         fm = self.feature_matching(batch, hidden_states)
         return {**terms, "fm": fm, "loss": terms["loss"] + self.config.alpha * fm}
 
