@@ -8,7 +8,21 @@ from pydantic import Field, model_validator
 
 from deepfusion.config.section import Section
 
-ModelType = Literal["gpt2", "llama", "opt", "bloom", "gpt_neox", "qwen2", "qwen3", "olmo2", "gemma3_text"]
+ModelType = Literal[
+    "gpt2",
+    "llama",
+    "mistral",
+    "opt",
+    "bloom",
+    "gpt_neox",
+    "qwen2",
+    "qwen3",
+    "olmo",
+    "olmo2",
+    "gemma3_text",
+    "phi",
+    "phi3",
+]
 
 
 class Training(Section):
@@ -64,6 +78,11 @@ class MadeModel(Section):
             raise ValueError(
                 f"hidden {self.hidden} and {self.heads} heads do not fit: each head needs an even number of dimensions,"
                 f" so make hidden a multiple of {2 * self.heads}, or change heads"
+            )
+        if self.type == "phi" and self.hidden % (4 * self.heads):
+            raise ValueError(
+                f"hidden {self.hidden} and {self.heads} heads do not fit: half of each head's dimensions turn in pairs "
+                f"in a phi, so make hidden a multiple of {4 * self.heads}, or change heads"
             )
         if self.type == "bloom" and self.ffn != 4 * self.hidden:
             raise ValueError(f"a made bloom has an ffn of 4 × hidden: set ffn to {4 * self.hidden}, not {self.ffn}")

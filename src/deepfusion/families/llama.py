@@ -1,4 +1,4 @@
-"""Llama (TinyLlama, SmolLM2) and its kin: Qwen2, Qwen3, OLMo2 and the text models of Gemma 3.
+"""Llama (TinyLlama, SmolLM2) and its kin: Mistral, Qwen2, Qwen3, OLMo, OLMo2 and the text models of Gemma 3.
 
 They name their tensors alike and differ in biases, in norms and in sliding windows.
 """
@@ -45,7 +45,9 @@ def _gemma3_fields(made: MadeModel) -> dict[str, Any]:
 
 
 LLAMA = Family("llama", "model.layers", ROLES, llama_fields)
+MISTRAL = Family("mistral", "model.layers", ROLES, llama_fields, windows="all_layers")
 QWEN2 = Family("qwen2", "model.layers", ROLES, llama_fields, windows="by_layer")
 QWEN3 = Family("qwen3", "model.layers", ROLES, _qwen3_fields, windows="by_layer")
+OLMO = Family("olmo", "model.layers", ROLES, llama_fields)  # its norms have no weights
 OLMO2 = Family("olmo2", "model.layers", ROLES, llama_fields)
 GEMMA3 = Family("gemma3_text", "model.layers", ROLES, _gemma3_fields, windows="by_layer")

@@ -8,20 +8,25 @@ from deepfusion.families.bloom import BLOOM
 from deepfusion.families.family import Family
 from deepfusion.families.gpt2 import GPT2
 from deepfusion.families.gpt_neox import GPT_NEOX
-from deepfusion.families.llama import GEMMA3, LLAMA, OLMO2, QWEN2, QWEN3
+from deepfusion.families.llama import GEMMA3, LLAMA, MISTRAL, OLMO, OLMO2, QWEN2, QWEN3
 from deepfusion.families.mixtral import MIXTRAL
 from deepfusion.families.opt import OPT
+from deepfusion.families.phi import PHI, PHI3
 
 FAMILIES: dict[str, Family] = {
     "gpt2": GPT2,
     "llama": LLAMA,
+    "mistral": MISTRAL,
     "opt": OPT,
     "bloom": BLOOM,
     "gpt_neox": GPT_NEOX,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "olmo": OLMO,
     "olmo2": OLMO2,
     "gemma3_text": GEMMA3,
+    "phi": PHI,
+    "phi3": PHI3,
     "mixtral": MIXTRAL,
 }
 
