@@ -15,7 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 from deepfusion import checkpoints, cli
-from deepfusion.weights import tensors, write
+from deepfusion.weights import Part, tensors, write
 from pico import pico
 from tiny import TREE
 
@@ -218,7 +218,7 @@ def harmed(harm: str, folder: Path) -> str:
         held[name] = held[name][:1].clone()
     else:
         held[name].view(-1)[0] = torch.nan
-    write(folder, held.items())
+    write(folder, [Part.of(*item) for item in held.items()])
     return name
 
 

@@ -20,7 +20,7 @@ from deepfusion.checkpoints import (
     tokenizer_fingerprint,
     validate,
 )
-from deepfusion.weights import WEIGHTS, tensors, write
+from deepfusion.weights import WEIGHTS, Part, tensors, write
 from pico import TEXTS, pico, pico_checkpoint, pico_tokenizer
 
 
@@ -162,7 +162,7 @@ def test_hub_layouts_are_valid(tmp_path: Path) -> None:
     held = dict(tensors(sharded))
     (sharded / WEIGHTS).unlink()
     held["lm_head.weight"] = held["model.embed_tokens.weight"].clone()
-    write(sharded, held.items(), shard_bytes=50_000)
+    write(sharded, [Part.of(*item) for item in held.items()], shard_bytes=50_000)
     assert len(list(sharded.glob("*.safetensors"))) > 1
     validate(sharded)
 

@@ -254,6 +254,18 @@ def test_a_killed_step_says_so_and_its_worker_lives(hired: Engine) -> None:
     assert note(hired, "after", item="after").result().text == "after"
 
 
+def test_finished_files_of_a_killed_step_are_not_written_again(hired: Engine) -> None:
+    with pytest.raises(StepError, match="SIGKILL"):
+        note(hired, "abcde", "cut_short", item="cut").result()
+    [partial] = hired.store.root.glob("*/cut-*.partial")
+    before = {path: path.stat() for path in partial.glob("*.safetensors")}
+    assert len(before) == 2
+    with Engine(hired.store, hired.runtime) as engine:
+        done = note(engine, "abcde", "cut_short", item="cut").result()
+    assert done.text == "abccde"
+    assert [(done.folder / path.name).stat().st_mtime_ns for path in before] == [s.st_mtime_ns for s in before.values()]
+
+
 def test_a_killed_worker_is_replaced(hired: Engine) -> None:
     with pytest.raises(StepError, match=r"^notes bigger: the worker process ended$"):
         note(hired, "x", "killed_with_its_worker", item="bigger").result()

@@ -15,7 +15,7 @@ from deepfusion.artifacts import MANIFEST, Report, Upload
 from deepfusion.config import Runtime
 from deepfusion.errors import InputError
 from deepfusion.phases import device
-from deepfusion.weights import WEIGHTS, tensors, write
+from deepfusion.weights import WEIGHTS, Part, tensors, write
 from tiny import HERE, recipe
 
 SYSTEMS = {
@@ -235,7 +235,7 @@ def test_an_upload_with_nan_is_rejected_by_name(
         held = {name: tensor.clone() for name, tensor in tensors(upload.model)}
         name = next(name for name in held if "weight" in name)
         held[name].view(-1)[3] = torch.nan
-        write(upload.model, held.items())
+        write(upload.model, [Part.of(*item) for item in held.items()])
         return upload
 
     monkeypatch.setattr(device, "train_device", poisoned)

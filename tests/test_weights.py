@@ -6,7 +6,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deepfusion.weights import INDEX, WEIGHTS, index, shapes, tensors, write
+from deepfusion import weights
+from deepfusion.weights import INDEX, WEIGHTS, Part, index, shapes, stored, tensors, write
+from fuse import Blown, Fuse, contents
 
 HELD: dict[str, Tensor] = {
     "b": torch.arange(6.0).reshape(2, 3),
@@ -15,8 +17,12 @@ HELD: dict[str, Tensor] = {
 }
 
 
+def parts(named: dict[str, Tensor]) -> list[Part]:
+    return [Part.of(name, tensor) for name, tensor in named.items()]
+
+
 def test_one_file(tmp_path: Path) -> None:
-    write(tmp_path, HELD.items())
+    write(tmp_path, parts(HELD))
     assert [path.name for path in tmp_path.iterdir()] == [WEIGHTS]
     assert list(index(tmp_path)) == ["a", "b", "c"]
     assert shapes(tmp_path)["a"] == (torch.bfloat16, (4,))
@@ -26,7 +32,7 @@ def test_one_file(tmp_path: Path) -> None:
 
 
 def test_shards(tmp_path: Path) -> None:
-    write(tmp_path, HELD.items(), shard_bytes=32)  # b has 24 bytes, a 8, c 16
+    write(tmp_path, parts(HELD), shard_bytes=32)  # b has 24 bytes, a 8, c 16
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
@@ -43,8 +49,92 @@ def test_shards(tmp_path: Path) -> None:
 
 
 def test_transposed_tensors_are_written_as_they_look(tmp_path: Path) -> None:
-    write(tmp_path, [("t", HELD["b"].T)])
+    write(tmp_path, [Part.of("t", HELD["b"].T)])
     assert torch.equal(dict(tensors(tmp_path))["t"], HELD["b"].T)
+
+
+def test_a_file_has_the_bytes_of_the_library(tmp_path: Path) -> None:
+    dtypes = (*weights._DTYPES.values(),)  # pyright: ignore[reportPrivateUsage]
+    held = {f"{n % 3}-{n}": torch.arange(n + 1).to(dtype) for n, dtype in enumerate(dtypes)}
+    held |= {"scalar": torch.tensor(2.5), "nothing": torch.ones(0, 3), 'ä"\\\n': torch.ones(1, 2, 3)}
+    save_file(held, tmp_path / "theirs", metadata={"format": "pt"})
+    write(tmp_path, parts(held))
+    assert (tmp_path / WEIGHTS).read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert all(torch.equal(tensor, held[name]) for name, tensor in tensors(tmp_path))
+    write(tmp_path, [])
+    save_file({}, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / WEIGHTS).read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_tensors_are_made_and_read_by_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = torch.arange(24.0).reshape(6, 4)
+    write(tmp_path, [Part("w", torch.float32, (6, 4), lambda: iter([whole[:1], whole[1:4], whole[4:]]))])
+    one = stored(tmp_path)["w"]
+    assert torch.equal(one.read(), whole)
+    assert torch.equal(one.read(slice(1, 3)), whole[1:3])
+    assert torch.equal(one.read(slice(4, None)), whole[4:])
+    assert list(one.blocks()) == [None]
+    monkeypatch.setattr(weights, "BLOCK", 9)
+    assert list(one.blocks()) == [slice(0, 2), slice(2, 4), slice(4, 6)]
+    monkeypatch.setattr(weights, "BLOCK", 3)  # not even a row
+    assert torch.equal(torch.cat([one.read(rows) for rows in one.blocks()]), whole)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (torch.ones(3, 2), r"shape \(3, 2\) instead of \(2, 3\)"),
+        ([torch.ones(1, 3)], "12 bytes instead of 24"),
+        ([torch.ones(3, 2)], r"rows \(3, 2\) of torch\.float32, but is to be \(2, 3\) of torch\.float32"),
+        ([torch.ones(2, 3).half()], r"rows \(2, 3\) of torch\.float16, but is to be \(2, 3\) of torch\.float32"),
+    ],
+)
+def test_a_part_is_what_it_was_announced_to_be(made: Tensor | list[Tensor], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"w was made .*{message}"):
+        write(tmp_path, [Part("w", torch.float32, (2, 3), lambda: made)])
+    with pytest.raises(ValueError, match=r"is not a readable|has no"):
+        index(tmp_path)
+
+
+def test_a_name_is_given_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="1 tensors have a name that another has"):
+        write(tmp_path, [*parts(HELD), Part.of("b", torch.ones(1))])
+
+
+def test_what_is_finished_is_not_made_again(tmp_path: Path) -> None:
+    fuse, folder = Fuse(64), tmp_path / "disturbed"
+    (tmp_path / "undisturbed").mkdir()
+    folder.mkdir()
+    six = parts({name: torch.full((4, 2), float(ord(name))) for name in "abcdef"})
+    fuse.write(tmp_path / "undisturbed", six)
+    undisturbed = contents(tmp_path / "undisturbed")
+    assert len(undisturbed) == 4  # two tensors a file, and the index
+    fuse.lasts = 3
+    with pytest.raises(Blown):
+        fuse.write(folder, six)
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == ["model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors.tmp"]
+    before = (folder / left[0]).stat()
+    fuse.lasts = 99
+    fuse.write(folder, six, resume=True)
+    assert fuse.made == list("cdef")
+    assert contents(folder) == undisturbed
+    assert (folder / left[0]).stat() == before
+    # A file that is not as planned is made again, and without `resume` all are.
+    with (folder / "model-00003-of-00003.safetensors").open("ab") as stream:
+        stream.write(b"!")
+    fuse.write(folder, six, resume=True)
+    assert fuse.made == list("ef")
+    fuse.write(folder, six, resume=True)
+    assert fuse.made == []
+    fuse.write(folder, six)
+    assert fuse.made == list("abcdef")
+    assert contents(folder) == undisturbed
+    # Another plan leaves nothing of the last one.
+    fuse.write(folder, [*six[:4], *parts({"x": torch.ones(4, 2), "y": torch.ones(4, 2)})], resume=True)
+    assert fuse.made == list("xy")
+    write(folder, six, resume=True)
+    assert list(contents(folder)) == [WEIGHTS]
 
 
 def test_faults_are_named(tmp_path: Path) -> None:
@@ -62,3 +152,8 @@ def test_faults_are_named(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / WEIGHTS)
     with pytest.raises(ValueError, match="dtype F8_E4M3, which is not supported"):
         shapes(tmp_path)
+    write(tmp_path, parts(HELD))
+    one = stored(tmp_path)["b"]
+    (tmp_path / WEIGHTS).write_bytes((tmp_path / WEIGHTS).read_bytes()[: one.start + 4])
+    with pytest.raises(ValueError, match="is shorter than its header says"):
+        one.read()

@@ -1,33 +1,87 @@
-"""Weights on disk: safetensors files, read and written tensor by tensor so that no model need be in memory whole."""
+"""Weights on disk: safetensors files, read and written block by block so that no model need be in memory whole.
+
+Headers are read and checked by the safetensors library. Data is read from the file rather than mapped into memory,
+where what was looked at once would stay; and it is written by a few lines of our own, because the library's `save_file`
+wants all tensors of a file at once. A file written here has the bytes that `save_file` would have written.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterable, Iterator
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 2**30
+BLOCK = 2**22  # elements: what is worked on at a time
 Shape = tuple[torch.dtype, tuple[int, ...]]
 
-_DTYPES = {
+_DTYPES = {  # in the order that the library lays them out in a file
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
     "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_ORDER = {dtype: place for place, dtype in enumerate(_DTYPES.values())}
+
+
+# ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor on disk."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int  # its first byte in the file
+
+    def read(self, rows: slice | None = None) -> Tensor:
+        """The tensor, or `rows` of it (first to last, step 1), in memory of its own.
+
+        Raises:
+            ValueError: the file has become shorter since its header was read.
+        """
+        shape, start = self.shape, self.start
+        if rows is not None:
+            first, last, _ = rows.indices(self.shape[0])
+            shape = (last - first, *self.shape[1:])
+            start += first * math.prod(self.shape[1:]) * self.dtype.itemsize
+        tensor = torch.empty(shape, dtype=self.dtype)
+        left = _bytes(tensor)
+        with self.file.open("rb", buffering=0) as stream:
+            stream.seek(start)
+            while left:
+                count = stream.readinto(left)
+                if not count:
+                    raise ValueError(f"{self.file} is shorter than its header says")
+                left = left[count:]
+        return tensor
+
+    def blocks(self) -> Iterator[slice | None]:
+        """What to `read` one after another to see all of the tensor, about `BLOCK` elements at a time."""
+        if math.prod(self.shape) <= BLOCK:
+            yield None
+            return
+        rows = max(1, BLOCK // math.prod(self.shape[1:]))
+        for first in range(0, self.shape[0], rows):
+            yield slice(first, min(first + rows, self.shape[0]))
 
 
 def index(folder: Path) -> dict[str, Path]:
@@ -59,32 +113,41 @@ def index(folder: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def shapes(folder: Path) -> dict[str, Shape]:
-    """Tensor name → (dtype, shape), read from the headers alone.
+def stored(folder: Path) -> dict[str, Stored]:
+    """Tensor name → where it is and what it looks like, sorted by name, read from the headers alone.
 
     Raises:
         ValueError: no safetensors, broken ones, or a dtype that is not used for weights.
     """
-    found: dict[str, Shape] = {}
-    for name, file in index(folder).items():
-        with _opened(file) as stream:
-            part = stream.get_slice(name)
-            if part.get_dtype() not in _DTYPES:
-                raise ValueError(f"{file}: tensor {name} has dtype {part.get_dtype()}, which is not supported")
-            found[name] = (_DTYPES[part.get_dtype()], tuple(part.get_shape()))
+    places = index(folder)
+    headers = {file: _header(file) for file in set(places.values())}
+    found: dict[str, Stored] = {}
+    for name, file in places.items():
+        entry = headers[file][name]
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(f"{file}: tensor {name} has dtype {entry['dtype']}, which is not supported")
+        found[name] = Stored(file, _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["start"])
     return found
+
+
+def shapes(folder: Path) -> dict[str, Shape]:
+    """Tensor name → (dtype, shape); otherwise as `stored`."""
+    return {name: (one.dtype, one.shape) for name, one in stored(folder).items()}
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield a checkpoint's tensors by name, one in memory at a time."""
-    for name, file in index(folder).items():
-        yield name, read(file, name)
+    for name, one in stored(folder).items():
+        yield name, one.read()
 
 
-def read(file: Path, name: str) -> Tensor:
-    """One tensor; the file is opened for it alone, so that what was read before can leave memory."""
-    with _opened(file) as stream:
-        return stream.get_tensor(name)
+def _header(file: Path) -> dict[str, Any]:
+    """What a file that the library has found sound says of each tensor, and where the tensor's bytes `start`."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        entries: dict[str, Any] = json.loads(stream.read(length))
+    entries.pop("__metadata__", None)
+    return {name: entry | {"start": 8 + length + entry["data_offsets"][0]} for name, entry in entries.items()}
 
 
 @contextmanager
@@ -96,29 +159,127 @@ def _opened(file: Path) -> Generator[Any]:
         raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
 
 
-def write(folder: Path, named: Iterable[tuple[str, Tensor]], *, shard_bytes: int = 2**30) -> None:
-    """Write tensors as they come to one safetensors file, or several with an index; memory holds one shard."""
-    shards: list[Path] = []
-    places: dict[str, int] = {}
-    held: dict[str, Tensor] = {}
-    total = 0
+def _bytes(tensor: Tensor) -> memoryview:
+    """A contiguous tensor's own memory."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
-    def flush() -> None:
-        shards.append(folder / f"model-{len(shards) + 1:05d}.tmp")
-        save_file(held, shards[-1], metadata={"format": "pt"})
-        held.clear()
 
-    for name, tensor in named:
-        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > shard_bytes:
-            flush()
-        held[name], places[name] = tensor.contiguous(), len(shards)
-        total += tensor.nbytes
-    flush()
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    if len(shards) == 1:
-        shards[0].replace(folder / WEIGHTS)
-        return
-    for shard, name in zip(shards, names, strict=True):
-        shard.replace(folder / name)
-    contents = {"metadata": {"total_size": total}, "weight_map": {name: names[i] for name, i in sorted(places.items())}}
-    (folder / INDEX).write_text(json.dumps(contents, indent=1, sort_keys=True), encoding="utf-8")
+# ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor still to be made: what it will look like is known before any of its values."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor | Iterable[Tensor]]
+    """Gives the tensor; or blocks of its rows, first to last, so that a large one need not be in memory whole."""
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> Self:
+        """A tensor that is there already."""
+        return cls(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
+    @property
+    def nbytes(self) -> int:
+        """Its size on disk."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Make it.
+
+        Raises:
+            ValueError: what is made has not the announced dtype or shape.
+        """
+        made = self.make()
+        if isinstance(made, Tensor) and made.shape != self.shape:
+            raise ValueError(f"{self.name} was made with shape {tuple(made.shape)} instead of {self.shape}")
+        count = 0
+        for block in [made] if isinstance(made, Tensor) else made:
+            if block.dtype != self.dtype or (self.shape and block.shape[1:] != self.shape[1:]):
+                rows = f"rows {tuple(block.shape)} of {block.dtype}"
+                raise ValueError(f"{self.name} was made of {rows}, but is to be {self.shape} of {self.dtype}")
+            count += block.nbytes
+            yield block
+        if count != self.nbytes:
+            raise ValueError(f"{self.name} was made with {count} bytes instead of {self.nbytes}")
+
+
+def write(folder: Path, parts: Iterable[Part], *, shard_bytes: int = SHARD_BYTES, resume: bool = False) -> None:
+    """Write the weights of a checkpoint: one safetensors file, or several and an index, in place of those it has.
+
+    Which file holds what is settled by the parts' shapes alone. They are then made one at a time, in the order of the
+    files, and go straight to disk. A file gets its name when it is whole.
+
+    Args:
+        folder: of the checkpoint.
+        parts: each name once.
+        shard_bytes: of tensors in a file; a larger tensor has one for itself.
+        resume: keep the files that an interrupted call with the same parts has finished, and make nothing of what is in
+            them. The caller vouches that the parts are the same: only names, dtypes and shapes are compared.
+
+    Raises:
+        ValueError: a part is not made as announced, or two have one name.
+    """
+    parts = list(parts)
+    if twice := len(parts) - len({part.name for part in parts}):
+        raise ValueError(f"{folder}: {twice} tensors have a name that another has")
+    shards = _planned(parts, shard_bytes)
+    several = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
+    files = dict(zip(several if len(shards) > 1 else [WEIGHTS], shards, strict=True))
+    for path in folder.glob("model*.safetensors*"):
+        if not (resume and path.name in files and _is_whole(path, files[path.name])):
+            path.unlink()
+    for name, shard in files.items():
+        if not (folder / name).exists():
+            _write_file(folder / name, shard)
+    if len(files) > 1:
+        places = {part.name: name for name, shard in files.items() for part in shard}
+        total = sum(part.nbytes for part in parts)
+        contents = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        temporary = folder / (INDEX + ".tmp")
+        temporary.write_text(json.dumps(contents, indent=1, sort_keys=True), encoding="utf-8")
+        temporary.replace(folder / INDEX)
+
+
+def _planned(parts: list[Part], shard_bytes: int) -> list[list[Part]]:
+    """Parts by file: files are filled in the order given, and laid out by dtype and name as the library does."""
+    shards: list[list[Part]] = [[]]
+    held = 0
+    for part in parts:
+        if shards[-1] and held + part.nbytes > shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(part)
+        held += part.nbytes
+    return [sorted(shard, key=lambda part: (_ORDER[part.dtype], part.name)) for shard in shards]
+
+
+def _head(shard: list[Part]) -> bytes:
+    """All of a file that comes before the tensors: the header's length in eight bytes, and JSON padded to eight."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for part in shard:
+        start, end = end, end + part.nbytes
+        entries[part.name] = {"dtype": _CODES[part.dtype], "shape": part.shape, "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _is_whole(path: Path, shard: list[Part]) -> bool:
+    head = _head(shard)
+    with path.open("rb") as stream:
+        return path.stat().st_size == len(head) + sum(part.nbytes for part in shard) and stream.read(len(head)) == head
+
+
+def _write_file(path: Path, shard: list[Part]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as stream:
+        stream.write(_head(shard))
+        for part in shard:
+            for block in part.blocks():
+                stream.write(_bytes(block.contiguous()))
+    temporary.replace(path)

@@ -33,10 +33,14 @@ LONGEST_MESSAGE = 2000  # characters: what is told about an error must fit into 
 
 
 def call(function: str, arguments: dict[str, Any], into: Path, runtime: Any) -> None:
-    """Import `module:name` and call it with the arguments, `into`, and `runtime` if it takes one."""
+    """Import `module:name` and call it with the arguments, `into`, and what else it takes of `runtime` and `resume`.
+
+    It may always resume: a step's folder has nothing in it but what an attempt at the same step has left.
+    """
     module, name = function.split(":")
     target = getattr(importlib.import_module(module), name)
-    extra = {"runtime": runtime} if "runtime" in inspect.signature(target).parameters else {}
+    takes = inspect.signature(target).parameters
+    extra = {key: value for key, value in {"runtime": runtime, "resume": True}.items() if key in takes}
     target(**arguments, **extra, into=into)
 
 

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from deepfusion.data.documents import TransferDocument, write_jsonl
 from deepfusion.families.mixtral import moe_config
 from deepfusion.phases.assemble import assemble, expert_difference, merge, upcycle
 from deepfusion.weights import WEIGHTS, tensors
+from fuse import Blown, Fuse, contents
 from pico import pico_checkpoint, pico_tokenizer
 
 IDS = torch.tensor([[0, 40, 41, 42, 43, 44, 45, 60]])
@@ -98,6 +100,35 @@ def test_active_parameters_count_the_chosen_experts(tmp_path: Path) -> None:
     ffn = 2 * 3 * 32 * 64
     assert moe.active_parameters == base.active_parameters + ffn + 2 * 4 * 32
     assert moe.parameters == base.parameters + 3 * ffn + 2 * 4 * 32
+
+
+@pytest.mark.parametrize("router", ["random", "hidden_means"])
+def test_an_interrupted_assembly_is_gone_on_from(
+    router: Literal["random", "hidden_means"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, folder, fuse = students(tmp_path, 3), made(tmp_path / "transfer"), Fuse(2**16)
+    known = [TransferDocument(id=f"{i}", domain="x", answer="abc"[i] * 9, kind="sampled", cluster=i) for i in range(3)]
+    write_jsonl(folder / "documents.jsonl", known)
+    transfer = TransferSet(folder=folder, counts={}, per_cluster=(1,) * 3, by_writer={}, private_text_risk=True)
+    monkeypatch.setattr("deepfusion.phases.assemble.write", fuse.write)
+
+    def attempt(into: Path) -> Checkpoint:
+        config = AssemblePhase(router=router)
+        return merge(given, transfer, config, seed=0, into=into, runtime=Runtime(workers=0), resume=True)
+
+    undisturbed = attempt(made(tmp_path / "undisturbed"))
+    everything, into = list(fuse.made), made(tmp_path / "disturbed")
+    fuse.lasts = len(everything) // 2
+    with pytest.raises(Blown):
+        attempt(into)
+    before = {path: path.stat() for path in into.glob("*.safetensors")}
+    assert len(before) > 1
+    fuse.lasts = len(everything)
+    monkeypatch.setattr("deepfusion.phases.router.hidden_means", None)  # it is not measured again
+    assert attempt(into).digest == undisturbed.digest
+    assert 0 < len(fuse.made) < len(everything) - 5
+    assert {path: path.stat() for path in before if path.exists()}.items() <= before.items()
+    assert contents(into) == contents(undisturbed.folder)
 
 
 def test_router_rows_come_from_the_file(tmp_path: Path) -> None:

@@ -7,12 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
+from deepfusion import weights
 from deepfusion.artifacts import Clusters, Proxy, Upload
 from deepfusion.checkpoints import as_checkpoint, validate
 from deepfusion.config import ProxyPhase
 from deepfusion.phases.proxy import average, average_folders, by_lineage, mean, name_of
-from deepfusion.weights import WEIGHTS, tensors, write
+from deepfusion.weights import WEIGHTS, tensors
+from fuse import Blown, Fuse, contents
 from pico import pico
 
 NORTH, EAST = bytes([0, 100]).hex(), bytes([100, 0]).hex()
@@ -109,20 +112,48 @@ def test_dtype_of_the_members_is_kept(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in "abc"]
     for folder, value in zip(folders, (1.0, 2.0, 2.0), strict=True):
         folder.mkdir()
-        write(folder, [("w", torch.full((2,), value, dtype=torch.bfloat16)), ("ids", torch.tensor([7]))])
+        save_file({"w": torch.full((2,), value, dtype=torch.bfloat16), "ids": torch.tensor([7])}, folder / WEIGHTS)
     assert average_folders(folders[:2], [1, 1], into=tmp_path / "mean") == pytest.approx(1 / 3)  # .5 of 1.5
     found = dict(tensors(tmp_path / "mean"))
     assert torch.equal(found["w"], torch.full((2,), 1.5, dtype=torch.bfloat16))
     assert torch.equal(found["ids"], torch.tensor([7]))
-    write(folders[2], [("w", torch.ones(2)), ("ids", torch.tensor([7]))])
+    save_file({"w": torch.ones(2), "ids": torch.tensor([7])}, folders[2] / WEIGHTS)
     average_folders(folders, [1, 1, 1], into=tmp_path / "mixed")
     assert dict(tensors(tmp_path / "mixed"))["w"].dtype == torch.float32
-    write(folders[2], [("w", torch.ones(3)), ("ids", torch.tensor([7]))])
+    save_file({"w": torch.ones(3), "ids": torch.tensor([7])}, folders[2] / WEIGHTS)
     with pytest.raises(ValueError, match="different names or shapes"):
         average_folders(folders, [1, 1, 1], into=tmp_path / "never")
-    write(folders[2], [("w", torch.ones(2)), ("ids", torch.tensor([8]))])
+    save_file({"w": torch.ones(2), "ids": torch.tensor([8])}, folders[2] / WEIGHTS)
     with pytest.raises(ValueError, match="ids: tensors of integers differ"):
         average_folders(folders, [1, 1, 1], into=tmp_path / "never")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_interrupted_average_is_gone_on_from(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members, fuse = three(tmp_path), Fuse(2**14)
+    for member in members:
+        save_file({name: tensor.to(dtype) for name, tensor in tensors(member.model)}, member.model / WEIGHTS)
+    monkeypatch.setattr("deepfusion.phases.proxy.write", fuse.write)
+    monkeypatch.setattr(weights, "BLOCK", 1000)  # elements: the larger tensors are made in blocks
+
+    def attempt(into: Path) -> Proxy:
+        into.mkdir(exist_ok=True)
+        return average(members, 0, ProxyPhase(), into=into, resume=True)
+
+    undisturbed = attempt(tmp_path / "undisturbed")
+    everything, into = list(fuse.made), tmp_path / "disturbed"
+    fuse.lasts = len(everything) // 2
+    with pytest.raises(Blown):
+        attempt(into)
+    fuse.lasts = len(everything)
+    resumed = attempt(into)
+    assert 0 < len(fuse.made) < len(everything) - 5
+    assert resumed.distance == undisturbed.distance > 0
+    assert contents(into) == contents(undisturbed.folder)
+    assert attempt(into).digest == undisturbed.digest
+    assert fuse.made == []
 
 
 def test_strangers_are_named(tmp_path: Path) -> None:
@@ -192,7 +223,7 @@ def test_memory_does_not_grow_with_members(tmp_path: Path) -> None:
     folders = [tmp_path / f"{n}" for n in range(12)]
     for number, folder in enumerate(folders):
         folder.mkdir()
-        write(folder, [(f"w{i}", torch.full((1024, 512), float(number))) for i in range(8)])  # 16 MiB
+        save_file({f"w{i}": torch.full((1024, 512), float(number)) for i in range(8)}, folder / WEIGHTS)  # 16 MiB
     # glibc keeps freed blocks of this size for later unless told a threshold, and how many it keeps is chance.
     ran = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path), *map(str, folders)],

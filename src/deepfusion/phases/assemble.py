@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,9 +29,9 @@ from deepfusion.config import AssemblePhase, Runtime
 from deepfusion.data.documents import Document, TransferDocument, read_jsonl
 from deepfusion.families import family
 from deepfusion.families.mixtral import moe_config
-from deepfusion.phases.proxy import mean
+from deepfusion.phases.proxy import means
 from deepfusion.phases.router import measure_router
-from deepfusion.weights import index, read, shapes, write
+from deepfusion.weights import Part, Stored, stored, write
 
 ROUTER_STD = 0.02
 # Names on disk: the FFN's matrices in a Llama layer → in a Mixtral expert.
@@ -45,10 +46,11 @@ def assemble(
     seed: int,
     into: Path,
     work: Work | None = None,
+    resume: bool = False,
 ) -> Checkpoint:
     """Merge students, in the order of their clusters, into a Mixtral checkpoint that transformers opens by itself.
 
-    Memory holds a few tensors more than the shard that is being written.
+    Memory holds an expert's matrix, or blocks of a few other tensors, whatever the number and size of students.
 
     Args:
         students: K dense Llama-type checkpoints of one lineage.
@@ -57,6 +59,7 @@ def assemble(
         seed: of the random router.
         into: where the checkpoint goes.
         work: what measuring them took.
+        resume: keep the files of weights that an interrupted call with the same arguments has finished.
 
     Raises:
         ValueError: the students are not of one lineage, are no Llama, or set what a Mixtral cannot carry.
@@ -65,8 +68,7 @@ def assemble(
     dense = open_config(first.folder)
     merged = moe_config(dense, len(students), config.top_k)
     rows = _router(config, router_rows, dense, len(students), seed)
-    _check_shapes(students)
-    write(into, _merged(students, rows))
+    write(into, _merged(_of_equal_shapes(students), rows), resume=resume)
     merged.dtype = dense.dtype
     copy_description(first.folder, into)
     merged.save_pretrained(into)  # in place of the dense one
@@ -90,11 +92,11 @@ def expert_difference(folder: Path) -> list[float]:
     config = open_config(folder)
     if config.model_type != "mixtral":
         raise ValueError(f"{folder} holds a {config.model_type}, which has no experts")
-    places = index(folder)
+    held = stored(folder)
     differences: list[float] = []
     for layer in range(config.num_hidden_layers):
         experts = [
-            torch.cat([read(places[name], name).float().flatten() for name in _expert_names(layer, expert)])
+            torch.cat([held[name].read().float().flatten() for name in _expert_names(layer, expert)])
             for expert in range(config.num_local_experts)
         ]
         norms = [float(torch.linalg.vector_norm(expert)) for expert in experts]
@@ -110,24 +112,27 @@ def _expert_names(layer: int, expert: int) -> list[str]:
     return [f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{part}.weight" for part in _EXPERT.values()]
 
 
-def _merged(
-    students: Sequence[Checkpoint], rows: Float[Tensor, "layers experts hidden"]
-) -> Iterator[tuple[str, Tensor]]:
-    """The Mixtral's tensors by their names on disk: one `mean`, or one expert's matrix, at a time."""
+def _merged(students: Sequence[dict[str, Stored]], rows: Float[Tensor, "layers experts hidden"]) -> Iterator[Part]:
+    """The Mixtral's tensors by their names on disk: each a mean, an expert's matrix, or a layer's router."""
     role = family("llama").role
-    places, kinds = [index(student.folder) for student in students], shapes(students[0].folder)
-    for name in places[0]:
+    for name, one in students[0].items():
         if role(name) == "ffn":
             before, _, after = name.partition(".mlp.")
             part = _EXPERT[after.removesuffix(".weight")]
-            for expert, place in enumerate(places):
-                yield f"{before}.block_sparse_moe.experts.{expert}.{part}.weight", read(place[name], name)
+            for expert, student in enumerate(students):
+                matrix = f"{before}.block_sparse_moe.experts.{expert}.{part}.weight"
+                yield Part(matrix, one.dtype, one.shape, student[name].read)
             continue
-        dtype = kinds[name][0]
-        yield name, mean((read(place[name], name) for place in places), [1.0] * len(places)).to(dtype)
+        yield Part(name, one.dtype, one.shape, partial(_mean, [student[name] for student in students]))
         if name.endswith(".post_attention_layernorm.weight"):
             layer = name.removesuffix(".post_attention_layernorm.weight")
-            yield f"{layer}.block_sparse_moe.gate.weight", rows[int(layer.rpartition(".")[2])].to(dtype)
+            gate = rows[int(layer.rpartition(".")[2])].to(one.dtype)
+            yield Part.of(f"{layer}.block_sparse_moe.gate.weight", gate)
+
+
+def _mean(members: Sequence[Stored]) -> Iterator[Tensor]:
+    for block in means(members, [1.0] * len(members)):
+        yield block.to(members[0].dtype)
 
 
 def _router(
@@ -158,13 +163,15 @@ def _first_of_one_lineage(students: Sequence[Checkpoint]) -> Checkpoint:
     return students[0]
 
 
-def _check_shapes(students: Sequence[Checkpoint]) -> None:
-    expected = shapes(students[0].folder)
-    for student in students[1:]:
-        if shapes(student.folder) != expected:
+def _of_equal_shapes(students: Sequence[Checkpoint]) -> list[dict[str, Stored]]:
+    held = [stored(student.folder) for student in students]
+    expected = {name: (one.dtype, one.shape) for name, one in held[0].items()}
+    for student, other in zip(students[1:], held[1:], strict=True):
+        if {name: (one.dtype, one.shape) for name, one in other.items()} != expected:
             raise ValueError(
                 f"{students[0].folder} and {student.folder} have tensors of different names, shapes or dtypes"
             )
+    return held
 
 
 def merge(
@@ -175,21 +182,26 @@ def merge(
     seed: int,
     into: Path,
     runtime: Runtime,
+    resume: bool = False,
 ) -> Checkpoint:
     """The phase as a run does it: measure the router on what each cluster knows, if it is wanted, then `assemble`.
+
+    With `resume`, what an interrupted attempt with the same arguments left in `into` is gone on from.
 
     Raises:
         ValueError: as `assemble` and `measure_router`.
     """
     if config.router == "random":
-        return assemble(students, config, None, seed=seed, into=into)
+        return assemble(students, config, None, seed=seed, into=into, resume=resume)
     known: list[list[Document]] = [[] for _ in students]
     # What devices wrote tells more of a cluster than public text that merely resembles it.
     documents = sorted(read_jsonl(transfer.documents, TransferDocument), key=lambda document: document.kind == "public")
     for document in documents:
         if document.cluster is not None:
             known[document.cluster].append(document)
-    rows, work = measure_router(students, known, config, max_tokens=config.router_tokens, into=into, runtime=runtime)
-    moe = assemble(students, config, rows, seed=seed, into=into, work=work)
+    rows, work = measure_router(
+        students, known, config, max_tokens=config.router_tokens, into=into, runtime=runtime, resume=resume
+    )
+    moe = assemble(students, config, rows, seed=seed, into=into, work=work, resume=resume)
     rows.unlink()
     return moe

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -17,9 +18,9 @@ from deepfusion.config import ProxyPhase
 from deepfusion.encoders import cosine, decode
 from deepfusion.roles import by_lineage
 from deepfusion.store import link_tree
-from deepfusion.weights import index, read, shapes, write
+from deepfusion.weights import Part, Stored, stored, write
 
-__all__ = ["average", "average_folders", "by_lineage", "mean", "name_of"]
+__all__ = ["average", "average_folders", "by_lineage", "mean", "means", "name_of"]
 
 
 def mean(tensors: Iterable[Shaped[Tensor, "*shape"]], weights: Sequence[float]) -> Shaped[Tensor, "*shape"]:
@@ -39,10 +40,20 @@ def mean(tensors: Iterable[Shaped[Tensor, "*shape"]], weights: Sequence[float]) 
         if weight == total:  # the first that counts
             result = tensor if not tensor.is_floating_point() else tensor.to(torch.float32, copy=True)
         elif tensor.is_floating_point():
-            result += (tensor.to(torch.float32) - result) * (weight / total)
+            result += tensor.to(torch.float32, copy=True).sub_(result).mul_(weight / total)
         elif not torch.equal(result, tensor):
             raise ValueError("tensors of integers differ, and have no mean")
     return result
+
+
+def means(members: Sequence[Stored], weights: Sequence[float]) -> Iterator[Tensor]:
+    """`mean` of tensors on disk, block of rows by block of rows, whatever their number and size.
+
+    Raises:
+        ValueError: as `mean`.
+    """
+    for rows in members[0].blocks():
+        yield mean((member.read(rows) for member in members), weights)
 
 
 def name_of(proxy: Proxy) -> str:
@@ -50,10 +61,17 @@ def name_of(proxy: Proxy) -> str:
     return f"cluster-{proxy.cluster}-{proxy.lineage}"
 
 
-def average(uploads: Sequence[Upload], cluster: int, config: ProxyPhase, *, into: Path) -> Proxy:
+def average(uploads: Sequence[Upload], cluster: int, config: ProxyPhase, *, into: Path, resume: bool = False) -> Proxy:
     """The proxy of one cluster's uploads of one lineage; a single member is its own proxy.
 
-    Memory holds one tensor more than the shard that is being written, whatever the number of members.
+    Memory holds blocks of a few tensors, whatever the number and size of members.
+
+    Args:
+        uploads: of one lineage.
+        cluster: their cluster's number.
+        config: how members are weighted, and when to warn.
+        into: where the proxy goes.
+        resume: go on from what an interrupted attempt with the same arguments left in `into`.
 
     Raises:
         ValueError: the uploads are not of one lineage; names two that differ.
@@ -67,7 +85,7 @@ def average(uploads: Sequence[Upload], cluster: int, config: ProxyPhase, *, into
     if len(uploads) == 1:
         link_tree(uploads[0].model, target)
     else:
-        distance = average_folders([upload.model for upload in uploads], weights, into=target)
+        distance = average_folders([upload.model for upload in uploads], weights, into=target, resume=resume)
     first = uploads[0]
     return Proxy(
         folder=into,
@@ -83,42 +101,65 @@ def average(uploads: Sequence[Upload], cluster: int, config: ProxyPhase, *, into
     ).sealed()
 
 
-def average_folders(folders: Sequence[Path], weights: Sequence[float], *, into: Path) -> float:
+def average_folders(folders: Sequence[Path], weights: Sequence[float], *, into: Path, resume: bool = False) -> float:
     """Write the mean of checkpoints that have equal tensors, with the first one's config and tokenizer.
 
+    Args:
+        folders: of the checkpoints.
+        weights: as many.
+        into: where the mean goes.
+        resume: keep what an interrupted call with the same arguments has finished.
+
     Returns:
-        The largest L2 distance of a checkpoint from the mean, relative to the mean's norm.
+        The largest L2 distance of a checkpoint from the mean as written, relative to the mean's norm.
 
     Raises:
         ValueError: the checkpoints' tensors differ in name or shape.
     """
     into.mkdir(parents=True, exist_ok=True)
-    places = [index(folder) for folder in folders]
-    expected = {name: shape for name, (_, shape) in shapes(folders[0]).items()}
-    dtypes = {name: dtype for name, (dtype, _) in shapes(folders[0]).items()}
-    for folder in folders[1:]:
-        held = shapes(folder)
-        if {name: shape for name, (_, shape) in held.items()} != expected:
+    held = [stored(folder) for folder in folders]
+    expected = {name: one.shape for name, one in held[0].items()}
+    for folder, other in zip(folders[1:], held[1:], strict=True):
+        if {name: one.shape for name, one in other.items()} != expected:
             raise ValueError(f"{folders[0]} and {folder} have tensors of different names or shapes")
-        dtypes = {name: torch.promote_types(dtype, held[name][0]) for name, dtype in dtypes.items()}
-    apart, norm = [0.0] * len(folders), 0.0
+    squares: dict[str, list[float]] = {}
 
-    def means() -> Iterator[tuple[str, Tensor]]:
-        nonlocal norm
-        for name in expected:
-            try:
-                middle = mean((read(place[name], name) for place in places), weights)
-            except ValueError as error:
-                raise ValueError(f"{folders[0]} and its like: {name}: {error}") from None
-            if middle.is_floating_point():
-                norm += _squared(middle)
-                for member, place in enumerate(places):
-                    apart[member] += _squared(read(place[name], name).to(torch.float32).sub_(middle))
-            yield name, middle.to(dtypes[name])
+    def made(name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+        members, found = [member[name] for member in held], list[list[float]]()
+        try:
+            for rows, middle in zip(members[0].blocks(), means(members, weights), strict=True):
+                yield (block := middle.to(dtype))
+                found.append(_squares(block, members, rows))
+        except ValueError as error:
+            raise ValueError(f"{folders[0]} and its like: {name}: {error}") from None
+        squares[name] = _sums(found)
 
-    write(into, means())
+    parts: list[Part] = []
+    for name, shape in expected.items():
+        dtype = reduce(torch.promote_types, (member[name].dtype for member in held))
+        parts.append(Part(name, dtype, shape, partial(made, name, dtype)))
+    write(into, parts, resume=resume)
     copy_description(folders[0], into)
+    for name, one in stored(into).items():
+        if name not in squares:  # in a file that an interrupted attempt has finished
+            members = [member[name] for member in held]
+            squares[name] = _sums(_squares(one.read(rows), members, rows) for rows in one.blocks())
+    norm, *apart = _sums(squares[name] for name in expected)
     return math.sqrt(max(apart) / norm) if norm else 0.0
+
+
+def _squares(middle: Tensor, members: Sequence[Stored], rows: slice | None) -> list[float]:
+    """Squared L2 norms of a block of the mean, and of each member's difference from it; integers count as nothing."""
+    if not middle.is_floating_point():
+        return [0.0] * (1 + len(members))
+    middle = middle.to(torch.float32)
+    apart = (member.read(rows).to(torch.float32, copy=True).sub_(middle) for member in members)
+    return [_squared(middle), *map(_squared, apart)]
+
+
+def _sums(rows: Iterable[list[float]]) -> list[float]:
+    """Sums of columns, added in the order of the rows: it decides the last bits."""
+    return reduce(lambda total, row: [a + b for a, b in zip(total, row, strict=True)], rows)
 
 
 def _squared(tensor: Tensor) -> float:

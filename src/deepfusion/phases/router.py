@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from deepfusion.artifacts import Checkpoint, Work
-from deepfusion.checkpoints import open_model, open_tokenizer
+from deepfusion.checkpoints import open_config, open_model, open_tokenizer
 from deepfusion.config import AssemblePhase, Runtime
 from deepfusion.data.batches import Tokenizer
 from deepfusion.data.documents import Document
@@ -38,6 +38,7 @@ def measure_router(
     max_tokens: int,
     into: Path,
     runtime: Runtime,
+    resume: bool = False,
 ) -> tuple[Path, Work]:
     """Rows of a router that sends each cluster's text to its expert, in a hidden safetensors file of `into`.
 
@@ -48,6 +49,7 @@ def measure_router(
         max_tokens: about how many tokens of each cluster are looked at.
         into: where the file goes.
         runtime: where the mean of the students runs.
+        resume: keep the file, or what there is of that mean, that an interrupted call with the same arguments left.
 
     Returns:
         The file, with `rows` [L, K, H], the `means` [L, K, H] they come from and the `spread` [L] of the logits before
@@ -58,20 +60,23 @@ def measure_router(
     """
     if len(documents) != len(students):
         raise ValueError(f"there are {len(students)} students, but text of {len(documents)} clusters")
-    middle = into / ".mean"
-    average_folders([student.folder for student in students], [1.0] * len(students), into=middle)
-    model = open_model(middle, accelerator=runtime.accelerator)
-    tokenizer = Tokenizer(open_tokenizer(middle))
-    context = min(getattr(model.config, "max_position_embeddings", max_tokens), max_tokens)
+    first, path = students[0], into / ".router.safetensors"
+    tokenizer = Tokenizer(open_tokenizer(first.folder))
+    context = min(getattr(open_config(first.folder), "max_position_embeddings", max_tokens), max_tokens)
     text = [_tokenised(cluster, tokenizer, max_tokens, context) for cluster in documents]
-    means = hidden_means(model, text)
-    spread = logit_spread(model, text, centred(means))
-    shutil.rmtree(middle)
-    path = into / ".router.safetensors"
-    rows = router_from_means(means, spread, config.router_scale)
-    save_file({"rows": rows, "means": means, "spread": spread}, path)
+    if not (resume and path.is_file()):
+        middle = into / ".mean"
+        average_folders([student.folder for student in students], [1.0] * len(students), into=middle, resume=resume)
+        model = open_model(middle, accelerator=runtime.accelerator)
+        means = hidden_means(model, text)
+        spread = logit_spread(model, text, centred(means))
+        shutil.rmtree(middle)
+        rows = router_from_means(means, spread, config.router_scale)
+        temporary = path.with_suffix(".tmp")
+        save_file({"rows": rows, "means": means, "spread": spread}, temporary)
+        temporary.replace(path)
     tokens = 2 * sum(len(ids) for cluster in text for ids in cluster)
-    return path, Work(tokens=tokens, forward=float(tokens * students[0].active_parameters))
+    return path, Work(tokens=tokens, forward=float(tokens * first.active_parameters))
 
 
 def router_from_means(
