@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepfusion.config import Training
-from deepfusion.data.batches import MAX_GAIN, Lesson, Tokenizer, collate, focused, lessons, taught
+from deepfusion.data.batches import collate
 from deepfusion.data.documents import Document
+from deepfusion.data.lessons import MAX_GAIN, Lesson, focused, lessons, taught
+from deepfusion.data.tokens import Tokenizer
 from deepfusion.losses import topk_kl
 from deepfusion.signals import Signal, Signals
 from pico import pico_tokenizer

@@ -8,8 +8,9 @@ import pytest
 from deepfusion.artifacts import Checkpoint
 from deepfusion.checkpoints import as_checkpoint, open_tokenizer
 from deepfusion.config import LogitsObjective, VAAObjective
-from deepfusion.data.batches import Lesson, Tokenizer, lessons
 from deepfusion.data.documents import TransferDocument, read_jsonl, write_jsonl
+from deepfusion.data.lessons import Lesson, lessons
+from deepfusion.data.tokens import Tokenizer
 from deepfusion.families import family
 from deepfusion.signals import Signals
 from deepfusion.students import feature_patches, learn, tokens_within, transfer_lessons, widths

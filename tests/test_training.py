@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from deepfusion.checkpoints import open_model
 from deepfusion.config import LogitsObjective, Runtime, Training, VAAObjective
-from deepfusion.data.batches import Lesson, Schedule, collate
+from deepfusion.data.batches import Schedule, collate
+from deepfusion.data.lessons import Lesson
 from deepfusion.families import family
 from deepfusion.objectives import Objective, Predictions, build_objective
 from deepfusion.progress import PROGRESS

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from deepfusion.checkpoints import make_model, open_model, open_tokenizer
 from deepfusion.config import MadeModel
-from deepfusion.data.batches import Tokenizer
+from deepfusion.data.tokens import Tokenizer
 from deepfusion.families import FAMILIES
 from deepfusion.writing import Written, prompt_nats, with_gain, write
 from pico import TEXTS, pad_vocabulary, pico

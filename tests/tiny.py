@@ -14,8 +14,8 @@ import yaml
 from deepfusion.artifacts import Checkpoint, Clusters, Corpus, DeviceInfo, Teaching, TransferSet, Upload
 from deepfusion.checkpoints import as_checkpoint, open_model, open_tokenizer
 from deepfusion.config import Recipe, Runtime, Training
-from deepfusion.data.batches import Tokenizer
 from deepfusion.data.documents import Document, Question, TransferDocument, write_jsonl
+from deepfusion.data.tokens import Tokenizer
 from deepfusion.encoders import embed
 from deepfusion.signals import Signal, Signals
 from pico import pico

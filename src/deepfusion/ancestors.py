@@ -9,8 +9,10 @@ import torch
 from deepfusion import checkpoints
 from deepfusion.artifacts import Checkpoint, Corpus, Work
 from deepfusion.config import MadeModel, Runtime
-from deepfusion.data.batches import Schedule, Tokenizer, lessons
+from deepfusion.data.batches import Schedule
 from deepfusion.data.documents import Document, read_jsonl
+from deepfusion.data.lessons import lessons
+from deepfusion.data.tokens import Tokenizer
 from deepfusion.errors import reading_inputs
 from deepfusion.families import family
 from deepfusion.objectives import build_objective

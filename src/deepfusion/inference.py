@@ -11,9 +11,9 @@ import torch
 
 from deepfusion.checkpoints import check_finite, open_config, open_model, open_tokenizer
 from deepfusion.config import EvaluatePhase, Runtime
-from deepfusion.data.batches import Tokenizer
 from deepfusion.data.corpora import read_questions
 from deepfusion.data.documents import ScoredQuestion, read_jsonl, write_jsonl
+from deepfusion.data.tokens import Tokenizer
 from deepfusion.engine import Watcher
 from deepfusion.metrics import ResultRow, summarise
 from deepfusion.phases.evaluate import ROWS, evaluate

@@ -11,8 +11,10 @@ import torch
 from deepfusion import checkpoints
 from deepfusion.artifacts import Checkpoint, Teaching, TransferSet, Work
 from deepfusion.config import LogitsObjective, Runtime, Training, VAAObjective
-from deepfusion.data.batches import Lesson, Schedule, Tokenizer, focused, lessons, taught
+from deepfusion.data.batches import Schedule
 from deepfusion.data.documents import TransferDocument, read_jsonl
+from deepfusion.data.lessons import Lesson, focused, lessons, taught
+from deepfusion.data.tokens import Tokenizer
 from deepfusion.families import Role, family
 from deepfusion.objectives import build_objective
 from deepfusion.signals import Signals

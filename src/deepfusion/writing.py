@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deepfusion.data.batches import Tokenizer
+from deepfusion.data.tokens import Tokenizer
 from deepfusion.families import family, head
 from deepfusion.scoring import LOGITS_AT_ONCE
 from deepfusion.signals import Signal

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from deepfusion.checkpoints import as_checkpoint, open_config, open_model, open_tokenizer, parameters, validate
 from deepfusion.config import LogitsObjective, MadeModel, Runtime, Training
-from deepfusion.data.batches import Tokenizer, lessons
 from deepfusion.data.documents import Document
+from deepfusion.data.lessons import lessons
+from deepfusion.data.tokens import Tokenizer
 from deepfusion.families import FAMILIES, family
 from deepfusion.phases.proxy import average_folders
 from deepfusion.students import learn

@@ -10,8 +10,8 @@ from deepfusion.alignment import patch_membership
 from deepfusion.artifacts import Checkpoint, Proxy, Teaching, TransferSet, Upload, Work
 from deepfusion.checkpoints import open_model, open_tokenizer
 from deepfusion.config import DistillPhase, LogitsObjective, ProxyPhase, VAAObjective
-from deepfusion.data.batches import Tokenizer
 from deepfusion.data.documents import TransferDocument, read_jsonl, write_jsonl
+from deepfusion.data.tokens import Tokenizer
 from deepfusion.families import family
 from deepfusion.phases.distill import consult, distill
 from deepfusion.phases.proxy import average, name_of

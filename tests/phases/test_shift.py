@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from deepfusion.artifacts import Checkpoint, TransferSet, Work
 from deepfusion.checkpoints import open_model, open_tokenizer
 from deepfusion.config import DevicePhase, LogitsObjective, TransferPhase
-from deepfusion.data.batches import Lesson, Tokenizer, chunk_spans, collate, spelt, taught
+from deepfusion.data.batches import collate
 from deepfusion.data.documents import TransferDocument, read_jsonl, write_jsonl
+from deepfusion.data.lessons import Lesson, taught
+from deepfusion.data.tokens import Tokenizer, chunk_spans, spelt
 from deepfusion.objectives import build_objective
 from deepfusion.phases.device import train_device
 from deepfusion.phases.shift import CERTAIN, chunkwise, shift, tokenwise

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from deepfusion.artifacts import Proxy, TransferSet, Upload, Writing
 from deepfusion.checkpoints import open_tokenizer
 from deepfusion.config import DevicePhase, ProxyPhase, TransferPhase
-from deepfusion.data.batches import Tokenizer
 from deepfusion.data.documents import Document, TransferDocument, read_jsonl
+from deepfusion.data.tokens import Tokenizer
 from deepfusion.phases.device import train_device
 from deepfusion.phases.proxy import average, name_of
 from deepfusion.phases.transfer import NOTICE, Writer, _shares, _who_answers, gather, write_cluster

@@ -13,8 +13,9 @@ from pathlib import Path
 from deepfusion import checkpoints
 from deepfusion.artifacts import Artifact, Checkpoint, Corpus, Teaching, TransferSet
 from deepfusion.config import DistillPhase, EvaluatePhase, Runtime
-from deepfusion.data.batches import Tokenizer, lessons
 from deepfusion.data.documents import Document, read_jsonl
+from deepfusion.data.lessons import lessons
+from deepfusion.data.tokens import Tokenizer
 from deepfusion.families import family
 from deepfusion.phases.distill import distill
 from deepfusion.students import PLAIN, learn, tokens_within, transfer_lessons

@@ -10,8 +10,10 @@ import torch
 from deepfusion import checkpoints
 from deepfusion.artifacts import Checkpoint, Corpus, Upload, Work
 from deepfusion.config import DevicePhase, Runtime
-from deepfusion.data.batches import Lesson, Schedule, Tokenizer, lessons
+from deepfusion.data.batches import Schedule
 from deepfusion.data.documents import Document, read_jsonl
+from deepfusion.data.lessons import Lesson, lessons
+from deepfusion.data.tokens import Tokenizer
 from deepfusion.encoders import PROJECTION_SEED, embed, encode_texts
 from deepfusion.errors import reading_inputs
 from deepfusion.families import family

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from deepfusion import alignment, checkpoints
 from deepfusion.artifacts import Artifact, Checkpoint, Proxy, Teaching, TransferSet, Upload, Work
 from deepfusion.config import DistillPhase, LogitsObjective, Runtime, VAAObjective
-from deepfusion.data.batches import Tokenizer
 from deepfusion.data.documents import TransferDocument, read_jsonl
+from deepfusion.data.tokens import Tokenizer
 from deepfusion.families import Role
 from deepfusion.objectives.vaa import pool_patches, stage_ends, standardise
 from deepfusion.phases.proxy import name_of

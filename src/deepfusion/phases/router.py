@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from deepfusion.artifacts import Checkpoint, Work
 from deepfusion.checkpoints import open_config, open_model, open_tokenizer
 from deepfusion.config import AssemblePhase, Runtime
-from deepfusion.data.batches import Tokenizer
 from deepfusion.data.documents import Document
+from deepfusion.data.tokens import Tokenizer
 from deepfusion.families import family
 from deepfusion.phases.proxy import average_folders
 

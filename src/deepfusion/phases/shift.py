@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from deepfusion import checkpoints
 from deepfusion.artifacts import Checkpoint, TransferSet, Work
 from deepfusion.config import Runtime, TransferPhase
-from deepfusion.data.batches import Tokenizer, chunk_spans, spelt
 from deepfusion.data.documents import TransferDocument, read_jsonl
+from deepfusion.data.tokens import Tokenizer, chunk_spans, spelt
 from deepfusion.progress import Ticker
 from deepfusion.signals import Signal, Signals
 from deepfusion.writing import opinions

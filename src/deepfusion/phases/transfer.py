@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from deepfusion import checkpoints
 from deepfusion.artifacts import Checkpoint, Clusters, Corpus, Proxy, TransferSet, Upload, Work, Writing
 from deepfusion.config import Runtime, TransferPhase
-from deepfusion.data.batches import Tokenizer
 from deepfusion.data.documents import Document, TransferDocument, read_jsonl, write_jsonl
+from deepfusion.data.tokens import Tokenizer
 from deepfusion.encoders import PROJECTION_SEED, similarity_to
 from deepfusion.phases.proxy import name_of
 from deepfusion.progress import Ticker
