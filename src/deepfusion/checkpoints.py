@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
-from deepfusion.artifacts import MANIFEST, RECORD, Checkpoint, Work, file_digest
+from deepfusion.artifacts import MANIFEST, RECORD, Checkpoint, Work
 from deepfusion.families import family, skeleton
 from deepfusion.families.make import END, make_model, make_tokenizer
-from deepfusion.weights import INDEX, index, shapes, tensors
+from deepfusion.weights import INDEX, digest, index, shapes, tensors
 
 __all__ = [
     "END",
@@ -206,7 +206,7 @@ def _expected(model: PreTrainedModel) -> tuple[dict[str, tuple[int, ...]], set[s
     on_disk = revert_weight_conversion(model, state)
     tied: set[str] = set(getattr(model, "all_tied_weights_keys", {}))
     needed = revert_weight_conversion(model, {name: tensor for name, tensor in state.items() if name not in tied})
-    ignored = [r"rotary_emb\.inv_freq$"]
+    ignored = [r"rotary_emb\.inv_freq$", r"attn\.masked_bias$"]
     for part in model.modules():
         ignored += getattr(part, "_keys_to_ignore_on_load_unexpected", None) or []
     return {name: tuple(tensor.shape) for name, tensor in on_disk.items()}, set(needed), ignored
@@ -220,7 +220,10 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def lineage(config: PreTrainedConfig, tokenizer: str, ancestor: str) -> str:
-    """A readable name for architecture (whose config fixes all shapes) + tokenizer fingerprint + ancestor's digest."""
+    """A readable name for architecture (whose config fixes all shapes) + tokenizer fingerprint + ancestor's digest.
+
+    The ancestor's is `weights.digest`, of its tensors alone: cut into shards it has the lineage that it has whole.
+    """
     fields = {key: value for key, value in config.to_dict().items() if key not in _NOT_ARCHITECTURE}
     whole = json.dumps([fields, tokenizer, ancestor], sort_keys=True, default=str)
     short = hashlib.sha256(whole.encode()).hexdigest()[:8]
@@ -241,8 +244,7 @@ def as_checkpoint(
     """
     config = open_config(folder)
     if lineage_of is None:
-        digests = "".join(file_digest(file) for file in sorted(set(index(folder).values())))
-        lineage_of = lineage(config, tokenizer_fingerprint(open_tokenizer(folder)), digests)
+        lineage_of = lineage(config, tokenizer_fingerprint(open_tokenizer(folder)), digest(folder))
     return Checkpoint(
         folder=folder,
         model_type=config.model_type,

@@ -23,7 +23,7 @@ from deepfusion.artifacts import (
 STEPS: dict[str, tuple[str, type[Artifact], int]] = {
     "data": ("deepfusion.phases.data:build_corpus", Corpus, 1),
     "make": ("deepfusion.ancestors:make", Checkpoint, 1),
-    "take": ("deepfusion.ancestors:take", Checkpoint, 1),
+    "take": ("deepfusion.ancestors:take", Checkpoint, 2),
     "device": ("deepfusion.phases.device:train_device", Upload, 1),
     "upload": ("deepfusion.phases.upload:receive", Intake, 1),
     "cluster": ("deepfusion.phases.cluster:cluster", Clusters, 1),

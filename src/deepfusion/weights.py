@@ -7,6 +7,7 @@ wants all tensors of a file at once. A file written here has the bytes that `sav
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -135,6 +136,23 @@ def shapes(folder: Path) -> dict[str, Shape]:
     return {name: (one.dtype, one.shape) for name, one in stored(folder).items()}
 
 
+def digest(folder: Path) -> str:
+    """SHA-256 of a checkpoint's tensors, in hex: of the one file that `write` would put them all into.
+
+    So it says nothing of the files that they are in: a checkpoint cut into shards has the digest of the same one whole.
+
+    Raises:
+        ValueError: as `stored`.
+    """
+    held = stored(folder)
+    shard = _laid_out([Part(name, one.dtype, one.shape, one.read) for name, one in held.items()])
+    sha = hashlib.sha256(_head(shard))
+    for part in shard:
+        for rows in held[part.name].blocks():
+            sha.update(_bytes(held[part.name].read(rows)))
+    return sha.hexdigest()
+
+
 def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield a checkpoint's tensors by name, one in memory at a time."""
     for name, one in stored(folder).items():
@@ -254,7 +272,11 @@ def _planned(parts: list[Part], shard_bytes: int) -> list[list[Part]]:
             held = 0
         shards[-1].append(part)
         held += part.nbytes
-    return [sorted(shard, key=lambda part: (_ORDER[part.dtype], part.name)) for shard in shards]
+    return [_laid_out(shard) for shard in shards]
+
+
+def _laid_out(parts: list[Part]) -> list[Part]:
+    return sorted(parts, key=lambda part: (_ORDER[part.dtype], part.name))
 
 
 def _head(shard: list[Part]) -> bytes:
