@@ -15,7 +15,7 @@ from deepfusion.data.batches import Schedule
 from deepfusion.data.documents import TransferDocument, read_jsonl
 from deepfusion.data.lessons import Lesson, focused, lessons, taught
 from deepfusion.data.tokens import Tokenizer
-from deepfusion.families import Role, family
+from deepfusion.families import Role, context_length, family
 from deepfusion.objectives import build_objective
 from deepfusion.signals import Signals
 from deepfusion.training import Learner, fit
@@ -103,7 +103,7 @@ def transfer_lessons(
     """
     documents = list(read_jsonl(transfer.documents, TransferDocument))
     shape = checkpoints.open_config(student.folder)
-    longest = getattr(shape, "max_position_embeddings", None) or training.context
+    longest = context_length(shape) or training.context
     training = training.model_copy(update={"context": min(training.context, longest)})
     tokenizer = Tokenizer(checkpoints.open_tokenizer(student.folder))
     said = {teaching.teacher: (teaching.cluster, Signals.load(teaching.signals)) for teaching in teachings}

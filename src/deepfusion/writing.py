@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deepfusion.data.tokens import Tokenizer
-from deepfusion.families import family, head
+from deepfusion.families import context_length, family, head
 from deepfusion.scoring import LOGITS_AT_ONCE
 from deepfusion.signals import Signal
 
@@ -114,7 +114,7 @@ def _continued(
 
 def _longest(model: PreTrainedModel) -> int:
     """Tokens of the longest text that a model takes."""
-    return int(getattr(model.config, "max_position_embeddings", None) or 10**9)
+    return context_length(model.config) or 10**9
 
 
 def _last_logits(model: PreTrainedModel, step: Tensor, mask: Tensor, cache: object) -> tuple[Tensor, object]:

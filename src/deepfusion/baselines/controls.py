@@ -16,7 +16,7 @@ from deepfusion.config import DistillPhase, EvaluatePhase, Runtime
 from deepfusion.data.documents import Document, read_jsonl
 from deepfusion.data.lessons import lessons
 from deepfusion.data.tokens import Tokenizer
-from deepfusion.families import family
+from deepfusion.families import context_length, family
 from deepfusion.phases.distill import distill
 from deepfusion.students import PLAIN, learn, tokens_within, transfer_lessons
 
@@ -96,7 +96,7 @@ def centralized(
     }
     for document in read_jsonl(corpus.public, Document):
         documents.setdefault(document.text, document)
-    longest = getattr(checkpoints.open_config(moe.folder), "max_position_embeddings", None)
+    longest = context_length(checkpoints.open_config(moe.folder))
     text = lessons(documents.values(), tokenizer, distilling.training, longest)
     heldout = lessons(read_jsonl(corpus.heldout, Document), tokenizer, distilling.training, longest)
     return learn(

@@ -19,6 +19,7 @@ ModelType = Literal[
     "qwen3",
     "olmo",
     "olmo2",
+    "gemma2",
     "gemma3_text",
     "phi",
     "phi3",

@@ -59,6 +59,25 @@ class Family:
         assert isinstance(layers, nn.ModuleList)
         return layers
 
+    def hidden_states(self, model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What enters a model's head, and its hidden states: of the embedding, then after each layer, all `[B, T, H]`.
+
+        The last one has been through the final norm and is what enters the head. An OPT with narrow embeddings makes
+        that narrower still: its last hidden state is given as it left the last layer.
+        """
+        left: list[Tensor] = []
+
+        def note(layer: nn.Module, given: Any, gave: Any) -> None:
+            left.append(gave)
+
+        hook = self.layer_list(model)[-1].register_forward_hook(note)
+        try:
+            outputs = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
+        finally:
+            hook.remove()
+        entering, hidden = outputs.last_hidden_state, outputs.hidden_states
+        return entering, hidden if entering.shape[-1] == hidden[0].shape[-1] else (*hidden[:-1], left[0])
+
     def config(self, made: MadeModel, vocab_size: int, *, end: int) -> PreTrainedConfig:
         """The config of a made model: no dropout, head tied to embedding, one token `end` that starts and ends text.
 
@@ -91,7 +110,7 @@ class Family:
         of one document must be consecutive in its row.
 
         Args:
-            config: the model's.
+            config: the model's; where its attention is eager (Gemma 2's), masks are float32 and to be added to scores.
             isolation: true where a position (third axis) may look at another (fourth): causal, and of one document.
                 Padding must see itself, or its softmax is over nothing.
 
@@ -101,11 +120,12 @@ class Family:
         if not self.packs:
             raise ValueError(f"{self.model_type} cannot hold several documents in one row")
         window = getattr(config, "sliding_window", None)
+        everything = _heeded(config, isolation)
         if self.windows == "none" or window is None:
-            return isolation
+            return everything
         place = torch.arange(isolation.shape[-1], device=isolation.device)
-        near = isolation & (place[:, None] - place[None, :] < window)
-        return near if self.windows == "all_layers" else {"full_attention": isolation, "sliding_attention": near}
+        near = _heeded(config, isolation & (place[:, None] - place[None, :] < window))
+        return near if self.windows == "all_layers" else {"full_attention": everything, "sliding_attention": near}
 
     def matrix_parameters(self, config: PreTrainedConfig) -> int:
         """Weights of the matrices that one token passes through: attention, FFN of the active experts, router, head.
@@ -118,6 +138,26 @@ class Family:
             if tensor.ndim > 1 and self.role(name) in ("attention", "ffn", "router", "head"):
                 count += tensor.numel() * (active if tensor.ndim == 3 else 1)
         return round(count)
+
+
+def _heeded(config: PreTrainedConfig, mask: Bool[Tensor, "*shape"]) -> Tensor:
+    """A mask in the form that a model's attention heeds: eager attention would add true and false as 1 and 0."""
+    if getattr(config, "_attn_implementation", None) != "eager":
+        return mask
+    return torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Tokens of the longest text that a model takes; none: any.
+
+    A LongRoPE model (Phi-3's long ones) turns all texts of a batch by other angles once one of them is longer than the
+    model was first trained on, and so would disagree with what it has cached of itself. That length is its context
+    here.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return rope["original_max_position_embeddings"]
+    return getattr(config, "max_position_embeddings", None)
 
 
 def head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:

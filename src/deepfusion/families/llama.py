@@ -1,6 +1,6 @@
-"""Llama (TinyLlama, SmolLM2) and its kin: Mistral, Qwen2, Qwen3, OLMo, OLMo2 and the text models of Gemma 3.
+"""Llama (TinyLlama, SmolLM2) and its kin: Mistral, Qwen2, Qwen3, OLMo, OLMo2, Gemma 2 and the text models of Gemma 3.
 
-They name their tensors alike and differ in biases, in norms and in sliding windows.
+They name their tensors alike and differ in biases, in norms, in sliding windows and in soft caps on scores and logits.
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ def _qwen3_fields(made: MadeModel) -> dict[str, Any]:
     return {**llama_fields(made), "head_dim": made.hidden // made.heads}
 
 
-def _gemma3_fields(made: MadeModel) -> dict[str, Any]:
+def _gemma_fields(made: MadeModel) -> dict[str, Any]:
     width = made.hidden // made.heads
     return {
         **llama_fields(made),
@@ -50,4 +50,5 @@ QWEN2 = Family("qwen2", "model.layers", ROLES, llama_fields, windows="by_layer")
 QWEN3 = Family("qwen3", "model.layers", ROLES, _qwen3_fields, windows="by_layer")
 OLMO = Family("olmo", "model.layers", ROLES, llama_fields)  # its norms have no weights
 OLMO2 = Family("olmo2", "model.layers", ROLES, llama_fields)
-GEMMA3 = Family("gemma3_text", "model.layers", ROLES, _gemma3_fields, windows="by_layer")
+GEMMA2 = Family("gemma2", "model.layers", ROLES, _gemma_fields, windows="by_layer")
+GEMMA3 = Family("gemma3_text", "model.layers", ROLES, _gemma_fields, windows="by_layer")

@@ -8,7 +8,7 @@ from deepfusion.families.bloom import BLOOM
 from deepfusion.families.family import Family
 from deepfusion.families.gpt2 import GPT2
 from deepfusion.families.gpt_neox import GPT_NEOX
-from deepfusion.families.llama import GEMMA3, LLAMA, MISTRAL, OLMO, OLMO2, QWEN2, QWEN3
+from deepfusion.families.llama import GEMMA2, GEMMA3, LLAMA, MISTRAL, OLMO, OLMO2, QWEN2, QWEN3
 from deepfusion.families.mixtral import MIXTRAL
 from deepfusion.families.opt import OPT
 from deepfusion.families.phi import PHI, PHI3
@@ -24,6 +24,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": QWEN3,
     "olmo": OLMO,
     "olmo2": OLMO2,
+    "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
     "phi": PHI,
     "phi3": PHI3,

@@ -16,7 +16,7 @@ from deepfusion.data.lessons import Lesson, lessons
 from deepfusion.data.tokens import Tokenizer
 from deepfusion.encoders import PROJECTION_SEED, embed, encode_texts
 from deepfusion.errors import reading_inputs
-from deepfusion.families import family
+from deepfusion.families import context_length, family
 from deepfusion.objectives import build_objective
 from deepfusion.phases.upload import upload_bytes
 from deepfusion.students import PLAIN
@@ -48,7 +48,7 @@ def train_device(
         model = checkpoints.open_model(ancestor.folder, getattr(torch, config.training.dtype))
         tokenizer = Tokenizer(checkpoints.open_tokenizer(ancestor.folder))
         kind = family(model.config.model_type)
-        context = getattr(model.config, "max_position_embeddings", None)
+        context = context_length(model.config)
         own = lessons(private, tokenizer, config.training, context)
         public = lessons(read_jsonl(corpus.public, Document), tokenizer, config.training, context)
     own_tokens = sum(map(len, own))

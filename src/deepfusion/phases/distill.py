@@ -22,14 +22,14 @@ from deepfusion.artifacts import Artifact, Checkpoint, Proxy, Teaching, Transfer
 from deepfusion.config import DistillPhase, LogitsObjective, Runtime, VAAObjective
 from deepfusion.data.documents import TransferDocument, read_jsonl
 from deepfusion.data.tokens import Tokenizer
-from deepfusion.families import Role
+from deepfusion.families import Role, context_length, family
 from deepfusion.objectives.vaa import pool_patches, stage_ends, standardise
 from deepfusion.phases.proxy import name_of
 from deepfusion.progress import Ticker
 from deepfusion.signals import Signal, Signals
 from deepfusion.store import link_tree
 from deepfusion.students import feature_patches, learn, tokens_within, transfer_lessons, widths
-from deepfusion.writing import next_logits, padded
+from deepfusion.writing import hidden, next_logits, padded
 
 BATCH = 32  # documents asked about at a time
 FFN: frozenset[Role] = frozenset({"ffn"})
@@ -113,7 +113,7 @@ def consult(
     ticker = Ticker(into, len(documents), "documents")
     of: dict[str, Signal] = {}
     tokens = 0
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_length(model.config)
     ordered = sorted(documents, key=lambda document: len(document.text))
     for at in range(0, len(ordered), BATCH):
         some = ordered[at : at + BATCH]
@@ -165,11 +165,14 @@ def _ask(
 ) -> dict[str, Signal]:
     ids, mask = padded([tokens for _, (tokens, _) in some], tokenizer.end, model.device)
     patches = feature_patches(config.objective)
-    outputs = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=bool(patches))
+    if patches:
+        states, layers = family(model.config.model_type).hidden_states(model, ids, mask)
+    else:
+        states, layers = hidden(model, ids, mask), ()
     chosen: list[Tensor] = []
     best_ids: list[Tensor] = []
     best: list[Tensor] = []
-    for block, logits in next_logits(model, outputs.last_hidden_state, tokenizer):
+    for block, logits in next_logits(model, states, tokenizer):
         log_p = torch.log_softmax(logits.float(), -1)
         kept = log_p.topk(min(config.teacher_top_k or log_p.shape[-1], log_p.shape[-1]), -1)
         chosen.append(log_p.gather(2, ids[:, 1:, None][:, block])[..., 0])
@@ -185,7 +188,7 @@ def _ask(
             logprobs=logprobs,
             topk_ids=topk_ids,
             topk_logprobs=topk_logprobs,
-            features=_features(outputs.hidden_states, row, document, ends, config.objective) if patches else None,
+            features=_features(layers, row, document, ends, config.objective) if patches else None,
         )
     return result
 

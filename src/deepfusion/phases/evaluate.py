@@ -19,6 +19,7 @@ from deepfusion.checkpoints import open_model, open_tokenizer
 from deepfusion.config import EvaluatePhase, Runtime
 from deepfusion.data.documents import Question, ScoredQuestion, read_jsonl, write_jsonl
 from deepfusion.errors import InputError
+from deepfusion.families import context_length
 from deepfusion.progress import Ticker
 from deepfusion.routing import RoutingTally, expert_count, expert_difference, recorded, routers, without_expert
 from deepfusion.scoring import Observer, Piece, Score, score
@@ -58,7 +59,7 @@ def evaluate(
     network.to(runtime.accelerator)
     tokenizer = open_tokenizer(folder)
     table, start = vocabulary_bytes(tokenizer), start_id(tokenizer)
-    context = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(network.config)
 
     def piece(question: Question, answer: str) -> Piece:
         ids, ends = encode(tokenizer, question.prompt + answer, table)

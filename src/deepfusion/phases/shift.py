@@ -24,6 +24,7 @@ from deepfusion.artifacts import Checkpoint, TransferSet, Work
 from deepfusion.config import Runtime, TransferPhase
 from deepfusion.data.documents import TransferDocument, read_jsonl
 from deepfusion.data.tokens import Tokenizer, chunk_spans, spelt
+from deepfusion.families import context_length
 from deepfusion.progress import Ticker
 from deepfusion.signals import Signal, Signals
 from deepfusion.writing import opinions
@@ -89,8 +90,8 @@ def _reading(
         except ValueError as error:
             print(f"not shifted: {document.id}: {error}", file=sys.stderr)  # into the step's log
             return None
-    context = getattr(model.config, "max_position_embeddings", None) or len(ids)
-    fits = len(ids) <= context and int(ids.max()) < _vocabulary(model, tokenizer)
+    context = context_length(model.config)
+    fits = (context is None or len(ids) <= context) and int(ids.max()) < _vocabulary(model, tokenizer)
     return _Reading(ids, spans) if fits else None
 
 
