@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deepfusion import weights
-from deepfusion.weights import INDEX, WEIGHTS, Part, index, shapes, stored, tensors, write
+from deepfusion.artifacts import file_digest
+from deepfusion.weights import INDEX, WEIGHTS, Part, digest, index, shapes, stored, tensors, write
 from fuse import Blown, Fuse, contents
 
 HELD: dict[str, Tensor] = {
@@ -46,6 +47,20 @@ def test_shards(tmp_path: Path) -> None:
         "c": "model-00002",
     }
     assert all(torch.equal(tensor, HELD[name]) for name, tensor in tensors(tmp_path))
+
+
+def test_a_digest_is_of_tensors_not_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [tmp_path / name for name in ("whole", "cut", "other order", "another")]
+    for folder in folders:
+        folder.mkdir()
+    write(folders[0], parts(HELD))
+    write(folders[1], parts(HELD), shard_bytes=1)
+    write(folders[2], reversed(parts(HELD)))
+    write(folders[3], parts(HELD | {"b": HELD["b"] + 1}))
+    digests = [digest(folder) for folder in folders]
+    assert digests[0] == digests[1] == digests[2] == file_digest(folders[0] / WEIGHTS) != digests[3]
+    monkeypatch.setattr("deepfusion.weights.BLOCK", 2)
+    assert digest(folders[1]) == digests[0]
 
 
 def test_transposed_tensors_are_written_as_they_look(tmp_path: Path) -> None:
