@@ -87,7 +87,7 @@ def files(*sources: dict[str, Any]) -> dict[str, Any]:
         ("cluster.k=9", "cluster.k is 9 but there are only 4 devices (data.partition.devices): lower k or add devices"),
         ("cluster.k=two", "tiny.yaml: cluster.k: must be an integer ≥ 1, not 'two'"),
         ("distill.shares.joint=0.5", "joint + branch + tune must be 1"),
-        ("models.base.make.type=mamba", "tiny.yaml: models.base.make.type: must be gpt2, llama, opt, "),
+        ("models.base.make.type=mamba", "tiny.yaml: models.base.make.type: must be gpt2, llama, mistral, "),
         ("models.base.make.hidden=18", "tiny.yaml: models.base.make: hidden 18 and 2 heads do not fit: "),
         ("cluster", "--set takes key=value, not 'cluster'"),
     ],
