@@ -19,7 +19,7 @@ from transformers.utils import logging
 from deepfusion.artifacts import MANIFEST, RECORD, Checkpoint, Work
 from deepfusion.families import family, skeleton
 from deepfusion.families.make import END, make_model, make_tokenizer
-from deepfusion.weights import INDEX, digest, index, shapes, tensors
+from deepfusion.weights import INDEX, digest, index, shapes, stored, tensors
 
 __all__ = [
     "END",
@@ -157,7 +157,7 @@ def parameters(model: PreTrainedModel | Path) -> int:
 
 
 def validate(folder: Path) -> None:
-    """Make sure that a folder from elsewhere is a checkpoint that opens, averages and assembles; one tensor in memory.
+    """Make sure that a folder from elsewhere is a checkpoint that opens, averages and assembles; little in memory.
 
     Raises:
         ValueError: names the folder or tensor at fault: no config or safetensors, an unsupported model type, tensors
@@ -190,13 +190,13 @@ def validate(folder: Path) -> None:
 
 
 def check_finite(folder: Path) -> None:
-    """Read a checkpoint through, one tensor in memory.
+    """Read a checkpoint through, a block of a tensor in memory.
 
     Raises:
         ValueError: names the tensor whose values are not all finite.
     """
-    for name, tensor in tensors(folder):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    for name, one in stored(folder).items():
+        if one.dtype.is_floating_point and not all(bool(one.read(r).isfinite().all()) for r in one.blocks()):
             raise ValueError(f"{folder}: tensor {name} holds NaN or infinity")
 
 

@@ -13,7 +13,7 @@ from deepfusion import weights
 from deepfusion.artifacts import Clusters, Proxy, Upload
 from deepfusion.checkpoints import as_checkpoint, validate
 from deepfusion.config import ProxyPhase
-from deepfusion.phases.proxy import average, average_folders, by_lineage, mean, name_of
+from deepfusion.phases.proxy import average, average_folders, by_lineage, mean, means, name_of
 from deepfusion.weights import WEIGHTS, tensors
 from fuse import Blown, Fuse, contents
 from pico import pico
@@ -72,6 +72,23 @@ def test_mean_is_inside_and_exact_for_equals(weights: list[float], values: list[
     expected = sum(w * float(m) for w, m in zip(weights, members, strict=True)) / sum(weights)
     assert middle == pytest.approx(expected, abs=1e-3)
     assert torch.equal(mean([members[0]] * len(weights), weights), members[0])
+
+
+def test_links_of_one_file_are_read_once_or_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = {"w": torch.tensor([[0.1, -0.0], [3.0, -7.7]]), "ids": torch.tensor([7])}
+    save_file(held, tmp_path / "one")
+    for number in range(5):
+        (tmp_path / f"{number}").mkdir()
+        (tmp_path / f"{number}" / WEIGHTS).hardlink_to(tmp_path / "one")
+    read, asked = weights.Stored.read, list[str]()
+    monkeypatch.setattr(weights.Stored, "read", lambda one, rows=None: asked.append("") or read(one, rows))
+    for weighing in ([1.0] * 5, [0.0, 0.0, 2.0, 0.0, 0.0]):
+        for name, tensor in held.items():
+            asked.clear()
+            [found] = means([weights.stored(tmp_path / f"{number}")[name] for number in range(5)], weighing)
+            assert len(asked) == 2
+            exactly = mean([tensor] * 5, weighing)
+            assert found.numpy().tobytes() == exactly.numpy().tobytes()  # the sign of zeros too
 
 
 # ── a proxy ───────────────────────────────────────────────────────────────────────────────────────────────────────────
