@@ -95,6 +95,7 @@ LONG = {  # 64 tokens at first, 128 later
     },
 }
 TWO_OF_FOUR = matrices(4 * 32 + 2 * GATED)  # experts; and the router
+ROUTES, SHARES = Case.roles | {"router"}, Case.roles | {"router", "shared"}
 
 CASES: dict[str, Case] = {
     "gpt2": Case("gpt2", matrices=matrices(PLAIN)),
@@ -129,6 +130,20 @@ CASES: dict[str, Case] = {
     "phi3": Case("phi3"),
     "phi3, window": Case("phi3", WINDOW | UNTIED),
     "phi3, long": Case("phi3", LONG | PAIRS, matrices(attention=ATTENTION * 3 // 4)),
-    "mixtral": Case("mixtral", matrices=TWO_OF_FOUR, roles=Case.roles | {"router"}),
-    "mixtral, window": Case("mixtral", WINDOW | UNTIED, TWO_OF_FOUR, Case.roles | {"router"}),
+    "mixtral": Case("mixtral", matrices=TWO_OF_FOUR, roles=ROUTES),
+    "mixtral, window": Case("mixtral", WINDOW | UNTIED, TWO_OF_FOUR, ROUTES),
+    "qwen2_moe": Case("qwen2_moe", matrices=TWO_OF_FOUR + 2 * (GATED + 32), roles=SHARES),  # a shared one and its gate
+    "qwen2_moe, windows": Case(
+        "qwen2_moe", {"use_sliding_window": True, **WINDOWS, **UNTIED}, TWO_OF_FOUR + 2 * (GATED + 32), SHARES
+    ),
+    "qwen3_moe": Case("qwen3_moe", matrices=TWO_OF_FOUR, roles=ROUTES),
+    "qwen3_moe, wide heads": Case(
+        "qwen3_moe", {"head_dim": 16, "norm_topk_prob": False, **UNTIED}, TWO_OF_FOUR + 2 * ATTENTION, ROUTES
+    ),
+    "flex_olmo": Case("flex_olmo", matrices=TWO_OF_FOUR, roles=ROUTES),
+    "flex_olmo, published": Case("flex_olmo", {"norm_topk_prob": False, **UNTIED}, TWO_OF_FOUR, ROUTES),
+    "deepseek": Case("deepseek", matrices=TWO_OF_FOUR - 4 * 32, roles=SHARES),  # dense, then with a shared expert
+    "deepseek, published": Case(
+        "deepseek", {"norm_topk_prob": False, "n_shared_experts": 2, **UNTIED}, TWO_OF_FOUR - 4 * 32 + GATED, SHARES
+    ),
 }

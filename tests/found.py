@@ -68,6 +68,7 @@ def routing() -> dict[str, Any]:
         "tokens": dict.fromkeys(DOMAINS, 100),
         "layers": 3,
         "experts": 4,
+        "clusters": 4,
         "probabilities": {domain: [share[i], [0.25] * 4, share[i]] for i, domain in enumerate(DOMAINS)},
         "mutual_information": {"mean": 0.2, "layers": [0.3, 0.0, 0.3]},
         "load": [[0.25] * 4] * 3,

@@ -19,11 +19,13 @@ from deepfusion.checkpoints import (
     open_tokenizer,
     save_model,
 )
-from deepfusion.config import MadeModel
-from deepfusion.families import FAMILIES
-from deepfusion.families.mixtral import moe_config
+from deepfusion.config import AssemblePhase, MadeModel
+from deepfusion.config.targets import KIN
+from deepfusion.families import FAMILIES, TARGETS
+from deepfusion.families.target import moe_config
+from deepfusion.layouts import plan
 
-DENSE = tuple(name for name in FAMILIES if name != "mixtral")
+DENSE = tuple(name for name in FAMILIES if name not in TARGETS)
 TEXTS = (
     "The quick brown fox jumps over the lazy dog while seven wizards brew a potion of amber and jade.",
     "What is the capital of the northern province? The capital of the northern province is Eldermere.",
@@ -41,8 +43,8 @@ def pico_tokenizer(vocab: int = 320) -> PreTrainedTokenizerFast:
 def pico(model_type: str, folder: Path, seed: int = 0, **overrides: Any) -> Path:
     """Write a checkpoint of hidden size 32 and two layers into `folder` (made if absent) and return `folder`.
 
-    `overrides` are fields of `MadeModel` (hidden, ffn, layers, heads, vocab, context). A mixtral also takes `experts`
-    (4) and `top_k` (2).
+    `overrides` are fields of `MadeModel` (hidden, ffn, layers, heads, vocab, context). An MoE, laid out coarsely, also
+    takes `experts` (4) and `top_k` (2).
     """
     experts, top_k = overrides.pop("experts", 4), overrides.pop("top_k", 2)
     fields: dict[str, Any] = {
@@ -55,13 +57,15 @@ def pico(model_type: str, folder: Path, seed: int = 0, **overrides: Any) -> Path
     } | overrides
     if model_type == "bloom" and "ffn" not in overrides:
         fields["ffn"] = 4 * fields["hidden"]
-    made = MadeModel(type="llama" if model_type == "mixtral" else model_type, **fields)  # pyright: ignore[reportArgumentType]
+    moe = TARGETS.get(model_type)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    made = MadeModel(type=KIN[moe.model_type][0] if moe else model_type, **fields)  # pyright: ignore[reportArgumentType]
     tokenizer = pico_tokenizer(made.vocab)
     model = make_model(made, tokenizer, seed)
-    if model_type == "mixtral":
+    if moe:
+        layout = plan(AssemblePhase(top_k=top_k), clusters=experts, channels=made.ffn, shared=moe.common)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(moe_config(model.config, experts, top_k))
+            model = AutoModelForCausalLM.from_config(moe_config(moe, model.config, layout))
     save_model(model, tokenizer, folder)
     return folder
 

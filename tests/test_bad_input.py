@@ -234,6 +234,13 @@ def test_a_broken_checkpoint_is_named(harm: str, where: str, fail: Fail, tmp_pat
     assert not [name for name in left() if name.endswith(".partial")]
 
 
+def test_a_base_that_no_moe_is_made_of_is_named(fail: Fail, tmp_path: Path) -> None:
+    folder = pico("gpt2", tmp_path / "gpt2")
+    message = fail(f"models.base={{path: {folder}}}")
+    assert "models.base: no MoE is assembled from gpt2 models: choose a base of type llama, mistral, qwen2" in message
+    assert "device" not in left()
+
+
 def test_a_missing_checkpoint_is_named(fail: Fail) -> None:
     assert fail("models.base={path: none}") == (
         f"models.base.path: {Path('none').resolve()} does not exist: set it, as with --set models.base.path=FOLDER"

@@ -81,6 +81,38 @@ def sources(recipe: Recipe) -> list[TextSource]:
         ("clutser.k=2", "unknown key 'clutser': did you mean 'cluster'?"),
         ("distill.objective.bta=1", "unknown key 'distill.objective.bta': did you mean 'beta'?"),
         ("cluster.size=2", "unknown key 'cluster.size': there are mode, k"),
+        (
+            "models.base.make.type=gpt2",
+            "models.base and assemble do not fit: no MoE is assembled from gpt2 models: choose a base of type llama, "
+            "mistral, qwen2, qwen3, olmo2",
+        ),
+        (
+            "assemble.target=qwen3_moe",
+            "models.base and assemble do not fit: a qwen3_moe is assembled from qwen3 models, not llama: choose "
+            "another base model, or assemble.target: auto",
+        ),
+        (
+            "assemble={layout: fine_grained, granularity: 4, expert_width: 40}",
+            "models.base and assemble do not fit: expert_width is 40, but an FFN of 192 cut into 4 needs 48",
+        ),
+        (
+            "assemble.layout=fine_grained",
+            "assemble: layout: fine_grained and granularity go together: give both or none",
+        ),
+        ("assemble.preset=deepseek-moe-16b", "assemble.preset deepseek-moe-16b needs cluster.k: 8, not 4"),
+        (
+            "assemble={preset: qwen1.5-moe-a2.7b, top_k: 2}",
+            "assemble: preset qwen1.5-moe-a2.7b has top_k: 1, not 2: leave either out",
+        ),
+        (
+            "assemble={target: mixtral, renormalise: false}",
+            "assemble: a mixtral always renormalises: leave renormalise out, or choose another target",
+        ),
+        (
+            "assemble={target: deepseek, layout: fine_grained, granularity: 8}",
+            "assemble: a fine-grained deepseek uses one student's FFN for a token: set top_k: 1",
+        ),
+        ("assemble={target: deepseek, shared_width: 512}", "assemble: a deepseek has no shared_width: leave it out"),
         ("seed=" + "x" * 100, "seed: must be an integer ≥ 0, not '" + "x" * 59 + "…"),
     ],
 )
@@ -113,6 +145,18 @@ def test_no_fault_is_told_in_the_words_of_a_library() -> None:
     assert len(said) > 100
     words = ("Input", "valid", "dictionary", "tuple", "instance", "discriminator", "\n")
     assert [text for text in said if any(word in text for word in words)] == []
+
+
+def test_a_preset_fills_in_its_shape() -> None:
+    tree = yaml.safe_load(PLAIN) | {"cluster": {"k": 8}}
+    tree["models"]["base"]["make"]["ffn"] = 10944
+    recipe = Recipe.parse(tree | {"assemble": {"preset": "deepseek-moe-16b", "router": "random"}})
+    asked = recipe.assemble
+    assert (asked.target, asked.layout, asked.granularity, asked.top_k) == ("deepseek", "fine_grained", 8, 1)
+    assert (asked.expert_width, asked.renormalise, asked.router_scale) == (1408, False, 0.1)
+    assert Recipe.parse(recipe.model_dump()) == recipe
+    louder = {"preset": "deepseek-moe-16b", "router_scale": 0.5}
+    assert Recipe.parse(tree | {"assemble": louder}).assemble.router_scale == 0.5
 
 
 def test_several_faults_are_one_line(there: Path) -> None:

@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "deepfusion"
 LAYERS = (
     ("errors", "artifacts", "config", "progress", "data.documents"),
     ("losses", "alignment", "metrics", "labels", "findings", "outcome", "store", "signals", "inputs", "roles"),
-    ("families", "weights", "checkpoints", "routing", "scoring", "encoders"),
+    ("layouts", "families", "weights", "checkpoints", "routing", "scoring", "encoders"),
     ("objectives", "data", "training", "students", "ancestors", "writing", "figures", "page"),
     ("phases", "conclusion"),
     ("baselines",),

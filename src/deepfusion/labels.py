@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from deepfusion.metrics import Subset
 
+LISTED = 12
+"""Dead experts that are named, before they are only counted."""
 METRICS = {
     "token_accuracy": "token accuracy",
     "token_log_perplexity": "log-perplexity",

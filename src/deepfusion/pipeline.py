@@ -28,6 +28,7 @@ from deepfusion.artifacts import (
     Writing,
 )
 from deepfusion.config import ModelSource, Recipe, Runtime
+from deepfusion.config.targets import target_of
 from deepfusion.engine import Engine, StepError, Watcher, futures, resolved
 from deepfusion.errors import InputError, concerns_all
 from deepfusion.inputs import by_content
@@ -120,6 +121,11 @@ class _Method:
         # Devices: each trains its own model on its own text, and uploads it with an embedding, once.
         for model in self.given(base, ancestors):
             model.result()  # a broken checkpoint is told before devices train for nothing
+        if recipe.models.base.path is not None:
+            try:
+                target_of(base.result().model_type, recipe.assemble.target)
+            except ValueError as error:
+                raise InputError(f"models.base: {error}") from None
         names = [device.id for device in corpus.result().devices]
         uploads = {
             device: self.go(

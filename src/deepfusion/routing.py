@@ -1,7 +1,8 @@
 """What an MoE's router does: who is chosen where, and what is lost without each expert.
 
-Works on every transformers MoE whose router is a `…TopKRouter` module that returns (logits, gate weights, chosen
-experts), as Mixtral's, Qwen's, OLMoE's and FlexOlmo's do.
+Works on every MoE whose router is a `…TopKRouter` module that returns (logits, gate weights, chosen experts), as
+Mixtral's, Qwen's, OLMoE's and FlexOlmo's do in transformers, and ours of DeepSeek. Where experts are shards of
+students' FFNs, those of one student are compared and removed together.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from deepfusion.families import Experts, experts
 from deepfusion.metrics import mutual_information
 
 Routed = tuple[Tensor, Tensor, Tensor]  # logits [tokens, E], gate weights [tokens, k], chosen experts [tokens, k]
@@ -32,9 +34,9 @@ def routers(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def expert_count(model: nn.Module) -> int:
-    """Experts in each MoE layer."""
-    return int(cast(Any, routers(model)[0]).num_experts)
+def experts_of(model: nn.Module) -> Experts:
+    """Number of experts in each MoE layer, of those that a token uses, and of students that they were cut from."""
+    return experts(cast(Any, model).config)
 
 
 @contextmanager
@@ -54,13 +56,13 @@ def recorded(model: nn.Module) -> Generator[list[Routed]]:
 
 
 @contextmanager
-def without_expert(model: nn.Module, expert: int) -> Generator[None]:
-    """Inside, no token reaches `expert`: its router logit is −∞ in every layer, so others take its place and weight."""
+def without_experts(model: nn.Module, removed: Sequence[int]) -> Generator[None]:
+    """Inside, no token reaches these experts: their router logits are −∞, so others take their place and weight."""
 
     def masked(router: nn.Module, _inputs: Any, output: Routed) -> Routed:
         logits, scores, chosen = output
         logits = logits.clone()
-        logits[:, expert] = -torch.inf
+        logits[:, list(removed)] = -torch.inf
         weights, indices = logits.float().softmax(-1).topk(chosen.shape[-1], dim=-1)
         # Mixtral has no such setting and always renormalises.
         if getattr(router, "norm_topk_prob", True):
@@ -129,9 +131,16 @@ class RoutingTally:
 
 
 def expert_difference(model: nn.Module) -> dict[str, Any]:
-    """How unlike experts are: per layer the mean over pairs of |w_i − w_j| / ((|w_i| + |w_j|) / 2), and its mean."""
+    """How unlike experts are: per layer the mean over pairs of |w_i − w_j| / ((|w_i| + |w_j|) / 2), and its mean.
+
+    w_i is all that was cut from student i: one expert, or several.
+    """
+    clusters = experts_of(model).clusters
     fused = [m for m in model.modules() if getattr(getattr(m, "gate_up_proj", None), "ndim", 0) == 3]
-    layers = [mean_distance([cast(Tensor, m.gate_up_proj), cast(Tensor, m.down_proj)]) for m in fused]
+    layers = [
+        mean_distance([cast(Tensor, part).unflatten(0, (clusters, -1)) for part in (m.gate_up_proj, m.down_proj)])
+        for m in fused
+    ]
     return {"mean": sum(layers) / max(1, len(layers)), "layers": layers}
 
 

@@ -41,7 +41,7 @@ STEPS: dict[str, tuple[str, type[Artifact], int]] = {
     "pooled_text_dense": ("deepfusion.baselines.controls:pooled_text", Checkpoint, 1),
     "dense_kd": ("deepfusion.baselines.controls:dense_kd", Checkpoint, 2),
     "centralized": ("deepfusion.baselines.controls:centralized", Checkpoint, 1),
-    "evaluate": ("deepfusion.phases.evaluate:evaluate", Scores, 1),
+    "evaluate": ("deepfusion.phases.evaluate:evaluate", Scores, 2),
     "report": ("deepfusion.conclusion:conclude", Report, 2),
 }
 FIRST, LAST = -10, 10  # priorities: the run's own critical path, and what only stands beside it

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from deepfusion.artifacts import MANIFEST
 from deepfusion.display import amount, duration
 from deepfusion.findings import RESULT, relative
-from deepfusion.labels import METRICS, SUBSETS, in_order, joined, kind, left_out
+from deepfusion.labels import LISTED, METRICS, SUBSETS, in_order, joined, kind, left_out
 from deepfusion.outcome import SCHEMA
 
 if TYPE_CHECKING:
@@ -227,6 +227,7 @@ def _routing(systems: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table("MoE", "I(domain; expert), nats", "difference of experts", "dead [layer, expert]", box=None)
     for system, facts in systems.items():
         information, difference = (facts[key]["mean"] for key in ("mutual_information", "expert_difference"))
-        dead = escape(", ".join(map(str, facts["dead"]))) or "none"
+        found = facts["dead"]
+        dead = escape(", ".join(map(str, found))) or "none" if len(found) <= LISTED else f"{len(found)} in all"
         table.add_row(escape(system), f"{information:.3f}", f"{difference:.3f}", dead)
     return table

@@ -17,7 +17,8 @@ from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 
 from deepfusion.config import Runtime, Training
 from deepfusion.data.batches import Schedule, collate, isolation_mask
-from deepfusion.families import family, head
+from deepfusion.families import experts, family, head
+from deepfusion.layouts import grouped
 from deepfusion.objectives.base import Objective, Predictions
 from deepfusion.progress import Ticker
 
@@ -29,7 +30,7 @@ class Learner(nn.Module):
     """A student and what it is trained on. The objective's parameters stay here: a saved student has only its own.
 
     With `balance`, a MoE's load-balance loss is added; with `ownership`, a cross-entropy that sends every token of a
-    document to the expert of the cluster that knows the document.
+    document to the expert, or the experts together, of the cluster that knows the document.
     """
 
     accepts_loss_kwargs = False  # the objective normalises; Trainer must not do it again
@@ -53,18 +54,22 @@ class Learner(nn.Module):
         terms = self.objective(batch, outputs.predictions, outputs.hidden_states)
         loss = terms["loss"]
         if self.balance:
-            config = self.student.config
+            moe = experts(self.student.config)
             real = (batch["document"] >= 0).to(loss.dtype)
             loss = loss + self.balance * load_balancing_loss_func(
                 outputs.router_logits,  # pyright: ignore[reportArgumentType] (its `tuple[Tensor]` means any length)
-                config.num_local_experts,
-                config.num_experts_per_tok,
+                moe.count,
+                moe.chosen,
                 real,
             )
         if self.ownership:
             owner = batch["cluster"].reshape(-1)
             if bool((owner >= 0).any()):
-                votes = [nn.functional.cross_entropy(r, owner, ignore_index=-1) for r in outputs.router_logits]
+                clusters = experts(self.student.config).clusters
+                votes = [
+                    nn.functional.cross_entropy(grouped(r, clusters), owner, ignore_index=-1)
+                    for r in outputs.router_logits
+                ]
                 loss = loss + self.ownership * torch.stack(votes).mean()
         return {"loss": loss}
 

@@ -9,6 +9,7 @@ import torch
 from cases import CASES, Made
 from deepfusion.checkpoints import open_config, parameters, shapes
 from deepfusion.config import MadeModel
+from deepfusion.config.targets import KIN
 from deepfusion.families import FAMILIES, family
 from pico import DENSE, pico
 
@@ -71,8 +72,9 @@ def test_impossible_shapes_are_refused(tmp_path: Path) -> None:
         pico("phi", tmp_path, heads=16)
     with pytest.raises(ValueError, match="set ffn to 128, not 64"):
         pico("bloom", tmp_path, ffn=64)
-    with pytest.raises(ValueError, match="choose llama as the base"):
-        family("mixtral").config(MadeModel(type="llama"), 320, end=0)
+    for target, bases in KIN.items():
+        with pytest.raises(ValueError, match=f"choose {' or '.join(bases)} as the base"):
+            family(target).config(MadeModel(type="llama"), 320, end=0)
 
 
 def test_unknown_model_types_are_refused() -> None:

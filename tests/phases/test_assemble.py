@@ -12,7 +12,9 @@ from deepfusion.artifacts import Checkpoint, TransferSet, Work
 from deepfusion.checkpoints import open_config, open_model, validate
 from deepfusion.config import AssemblePhase, Runtime
 from deepfusion.data.documents import TransferDocument, write_jsonl
-from deepfusion.families.mixtral import moe_config
+from deepfusion.families import TARGETS
+from deepfusion.families.target import moe_config
+from deepfusion.layouts import plan
 from deepfusion.phases.assemble import assemble, expert_difference, merge, upcycle
 from deepfusion.weights import WEIGHTS, tensors
 from fuse import Blown, Fuse, contents
@@ -172,22 +174,23 @@ def test_what_cannot_be_assembled_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tensors of different names, shapes or dtypes"):
         assemble([given[0], wider], RANDOM, None, seed=0, into=tmp_path)
     gpt2 = pico_checkpoint("gpt2", tmp_path / "gpt2")
-    with pytest.raises(ValueError, match="assembled from llama models, not gpt2"):
+    with pytest.raises(
+        ValueError, match="no MoE is assembled from gpt2 models: choose a base of type llama, mistral, qwen2"
+    ):
         assemble([gpt2, gpt2], RANDOM, None, seed=0, into=tmp_path)
 
 
 def test_moe_config_carries_or_refuses() -> None:
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
     dense = LlamaConfig(rms_norm_eps=1e-4, hidden_act="gelu", rope_parameters=rope, head_dim=64, pretraining_tp=2)
-    merged = moe_config(dense, 4, 2)
+    layout = plan(RANDOM, clusters=4, channels=dense.intermediate_size)
+    merged = moe_config(TARGETS["mixtral"], dense, layout)
     assert (merged.rms_norm_eps, merged.hidden_act, merged.head_dim) == (1e-4, "gelu", 64)
     assert merged.rope_parameters == dense.rope_parameters
     assert merged.sliding_window is None
     for field in ("attention_bias", "mlp_bias", "some_new_trick"):
         with pytest.raises(ValueError, match=f"sets {field} to True, which a mixtral cannot carry"):
-            moe_config(LlamaConfig(**{field: True}), 4, 2)
-    with pytest.raises(ValueError, match="top_k is 5 but there are 4 experts"):
-        moe_config(dense, 4, 5)
+            moe_config(TARGETS["mixtral"], LlamaConfig(**{field: True}), layout)
 
 
 def test_merge_measures_the_router_on_what_clusters_know(tmp_path: Path) -> None:

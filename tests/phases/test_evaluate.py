@@ -19,7 +19,7 @@ from transformers import (
 from deepfusion.config import EvaluatePhase, Runtime
 from deepfusion.data.documents import Question, ScoredQuestion, read_jsonl, write_jsonl
 from deepfusion.phases.evaluate import cut, evaluate
-from deepfusion.routing import RoutingTally, mean_distance, routers, without_expert
+from deepfusion.routing import RoutingTally, mean_distance, routers, without_experts
 from deepfusion.scoring import Piece, batches, score
 
 RUNTIME = Runtime(workers=0)
@@ -222,7 +222,7 @@ def test_a_removed_expert_is_never_used_and_the_model_is_restored(normalised: bo
     ids = torch.arange(12)[None]
     with torch.inference_mode():
         before = network(ids).logits
-        with without_expert(network, 0):
+        with without_experts(network, [0]):
             for router in routers(network):
                 _, weights, chosen = router(torch.randn(50, 16))
                 assert not (chosen == 0).any()

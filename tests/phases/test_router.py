@@ -9,7 +9,15 @@ from safetensors.torch import load_file
 from deepfusion.checkpoints import open_model
 from deepfusion.config import AssemblePhase, Runtime
 from deepfusion.data.documents import Document
-from deepfusion.phases.router import centred, hidden_means, logit_spread, measure_router, router_from_means
+from deepfusion.layouts import plan, probability
+from deepfusion.phases.router import (
+    centred,
+    hidden_means,
+    logit_spread,
+    mean_probability,
+    measure_router,
+    router_from_means,
+)
 from pico import pico, pico_checkpoint
 
 TEXT = [[[0, 40, 41, 42], [0, 50]], [[0, 60, 61]]]  # two clusters
@@ -84,7 +92,10 @@ def test_measured_rows_have_the_scale_asked_for(tmp_path: Path) -> None:
     ]
     into, config = tmp_path / "moe", AssemblePhase(router_scale=0.7)
     into.mkdir()
-    path, work = measure_router(students, documents, config, max_tokens=40, into=into, runtime=Runtime(workers=0))
+    layout = plan(config, clusters=2, channels=64)
+    path, work = measure_router(
+        students, documents, config, layout, max_tokens=40, into=into, runtime=Runtime(workers=0)
+    )
     assert [entry.name for entry in into.iterdir()] == [path.name]
     assert path.name.startswith(".")
     assert 2 * 2 * 40 <= work.tokens <= 2 * 2 * 80  # two passes over two clusters
@@ -92,4 +103,32 @@ def test_measured_rows_have_the_scale_asked_for(tmp_path: Path) -> None:
     torch.testing.assert_close(found["rows"], router_from_means(found["means"], found["spread"], 0.7))
     assert (found["spread"] > 0).all()
     with pytest.raises(ValueError, match="2 students, but text of 1 clusters"):
-        measure_router(students, documents[:1], config, max_tokens=40, into=into, runtime=Runtime(workers=0))
+        measure_router(students, documents[:1], config, layout, max_tokens=40, into=into, runtime=Runtime(workers=0))
+
+
+@pytest.mark.parametrize("base", ["qwen2", "olmo2"])
+def test_where_weights_are_not_renormalised_their_mean_is_measured(base: str, tmp_path: Path) -> None:
+    students = [pico_checkpoint(base, tmp_path / f"{n}", seed=n) for n in range(2)]
+    documents = [[Document(id=word, domain="x", answer=f"the {word} is here")] for word in ("fox", "jade")]
+    config = AssemblePhase(layout="fine_grained", granularity=4, top_k=1, renormalise=False)
+    assert config.router_scale == 0.1
+    (tmp_path / "moe").mkdir()
+    layout = plan(config, clusters=2, channels=64)
+    path, work = measure_router(
+        students, documents, config, layout, max_tokens=40, into=tmp_path / "moe", runtime=Runtime(workers=0)
+    )
+    found = load_file(path)
+    # Between a router without preferences and one that is always sure, and a little above the first.
+    assert ((found["probability"] > 1 / 8) & (found["probability"] < 1.2 / 8)).all()
+    assert work.tokens % 3 == 0
+    model = open_model(students[0].folder)
+    seen: list[torch.Tensor] = []
+    model.get_submodule("model.layers.1.mlp").register_forward_pre_hook(
+        lambda _m, states: seen.append(states[0][0, 1:])
+    )
+    with torch.inference_mode():
+        for ids in TEXT[0]:
+            model(torch.tensor([ids]))
+        by_hand = probability(torch.cat(seen) @ found["rows"][1].T, layout).mean()
+    measured = mean_probability(model, TEXT[:1], found["rows"], layout)
+    torch.testing.assert_close(measured[1], by_hand.float(), rtol=1e-5, atol=0)

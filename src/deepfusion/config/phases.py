@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from deepfusion.config.models import Training
 from deepfusion.config.section import Section
+from deepfusion.config.targets import COMMON_SHARDS, PRESETS, Preset, Target
 
 
 class DevicePhase(Section):
@@ -185,14 +186,63 @@ class DistillPhase(Section):
 class AssemblePhase(Section):
     """Phase III, first half: K students become one MoE (Eq. 12, 13)."""
 
+    preset: Literal["none", Preset] = "none"
+    """A published MoE's shape: fills in the keys below, from `target` to `renormalise`, and asks for 15 clusters
+    (qwen1.5-moe-a2.7b) or 8 (deepseek-moe-16b)."""
+    target: Literal["auto", Target] = "auto"
+    """What the MoE is. auto: llama and mistral become mixtral, qwen2 becomes qwen2_moe, qwen3 qwen3_moe, olmo2
+    flex_olmo. A llama can also become a deepseek (DeepSeek-MoE, v1)."""
+    layout: Literal["coarse", "fine_grained"] = "coarse"
+    """coarse: K experts, each a student's whole FFN; fine_grained: each FFN is cut into smaller experts that are chosen
+    together at first."""
+    granularity: int | None = Field(default=None, ge=2)
+    """Shards that an FFN is cut into: with `fine_grained`, and only there. A deepseek gives two of them to its shared
+    experts."""
     top_k: int = Field(default=2, ge=1)
-    """Experts per token (Eq. 4)."""
+    """FFNs per token (Eq. 4): experts where they are coarse, else as many times the shards that an FFN is cut into."""
+    expert_width: int | None = Field(default=None, ge=1)
+    """Channels of an expert, to which FFN or shard is padded with zeros; none: no padding."""
+    shared_width: int | None = Field(default=None, ge=1)
+    """Channels of a qwen2_moe's shared expert; none: as the base's FFN."""
+    renormalise: bool = True
+    """Whether the weights of a token's experts are made to sum to 1 (`norm_topk_prob`), with which an MoE of equal
+    students is exactly the student. Programs that ignore the setting want false; then experts are scaled instead, right
+    on average."""
     router: Literal["hidden_means", "random"] = "hidden_means"
     """Initial router rows: the mean hidden state of each domain's text, or small random numbers."""
     router_scale: float = Field(default=1.0, gt=0)
-    """Standard deviation over tokens of the initial router logits from hidden means."""
+    """Standard deviation over tokens of the initial router logits from hidden means; 0.1 if not said where
+    `renormalise` is false, for the MoE is then the less like its students the larger it is."""
     router_tokens: int = Field(default=5_000, ge=1)
     """Tokens of each cluster's text that the hidden means are taken over."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled_in(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        preset = given.get("preset")
+        if isinstance(preset, str) and preset in PRESETS:
+            for field, value in PRESETS[preset][1].items():
+                if given.get(field, value) != value:
+                    raise ValueError(f"preset {preset} has {field}: {value}, not {given[field]}: leave either out")
+            given = {**PRESETS[preset][1], **given}
+        return {"router_scale": 0.1, **given} if given.get("renormalise") is False else given
+
+    @model_validator(mode="after")
+    def _fitting(self) -> Self:
+        if (self.layout == "fine_grained") != (self.granularity is not None):
+            raise ValueError("layout: fine_grained and granularity go together: give both or none")
+        if self.shared_width is not None and self.target not in ("auto", "qwen2_moe"):
+            raise ValueError(f"a {self.target} has no shared_width: leave it out")
+        if not self.renormalise and self.target == "mixtral":
+            raise ValueError("a mixtral always renormalises: leave renormalise out, or choose another target")
+        if self.target == "deepseek" and self.granularity is not None:
+            if self.top_k > 1:
+                raise ValueError("a fine-grained deepseek uses one student's FFN for a token: set top_k: 1")
+            if self.granularity <= COMMON_SHARDS[self.target]:
+                raise ValueError(f"a deepseek's granularity must be more than {COMMON_SHARDS[self.target]}")
+        return self
 
 
 class TunePhase(Section):

@@ -25,6 +25,7 @@ from deepfusion.config.phases import (
     VAAObjective,
 )
 from deepfusion.config.section import Section
+from deepfusion.config.targets import PRESETS, expert_width, shared_width, target_of
 from deepfusion.errors import InputError
 
 
@@ -62,10 +63,18 @@ class Recipe(Section):
                 f"cluster.k is {self.cluster.k} but there are only {self.data.partition.devices} devices "
                 "(data.partition.devices): lower k or add devices"
             )
-        if self.models.base.make is not None and self.models.base.make.type != "llama":
-            raise ValueError(f"models.base is a {self.models.base.make.type}: experts are cut from llama models so far")
+        if self.models.base.make is not None:
+            asked = self.assemble
+            try:
+                target_of(self.models.base.make.type, asked.target)
+                expert_width(self.models.base.make.ffn, asked.granularity or 1, asked.expert_width)
+                shared_width(self.models.base.make.ffn, asked.shared_width)
+            except ValueError as error:
+                raise ValueError(f"models.base and assemble do not fit: {error}") from None
+        if self.assemble.preset != "none" and self.cluster.k != (k := PRESETS[self.assemble.preset][0]):
+            raise ValueError(f"assemble.preset {self.assemble.preset} needs cluster.k: {k}, not {self.cluster.k}")
         if self.assemble.top_k > self.cluster.k:
-            raise ValueError(f"assemble.top_k is {self.assemble.top_k} but there are only {self.cluster.k} experts")
+            raise ValueError(f"assemble.top_k is {self.assemble.top_k} but there are only {self.cluster.k} students")
         return self
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from deepfusion.config import MadeModel
 
-Role = Literal["embedding", "attention", "ffn", "norm", "head", "router"]
+# shared: what an MoE has of FFNs that every token passes (shared experts, and layers without experts).
+Role = Literal["embedding", "attention", "ffn", "shared", "norm", "head", "router"]
+CLUSTERS = "deepfusion_clusters"
+"""Field of an MoE's config: how many students its experts were cut from, where each has several."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class Family:
             raise ValueError(f"{self.model_type} cannot hold several documents in one row")
         window = getattr(config, "sliding_window", None)
         everything = _heeded(config, isolation)
-        if self.windows == "none" or window is None:
+        if self.windows == "none" or not window:  # some types say 0 where there is none
             return everything
         place = torch.arange(isolation.shape[-1], device=isolation.device)
         near = _heeded(config, isolation & (place[:, None] - place[None, :] < window))
@@ -132,10 +135,11 @@ class Family:
 
         Embedding look-ups, norms and biases do not count; a head tied to the embedding does.
         """
-        active = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_local_experts", 1)
+        moe = experts(config)
+        active = moe.chosen / moe.count
         count = 0.0
         for name, tensor in skeleton(config).state_dict().items():
-            if tensor.ndim > 1 and self.role(name) in ("attention", "ffn", "router", "head"):
+            if tensor.ndim > 1 and self.role(name) in ("attention", "ffn", "shared", "router", "head"):
                 count += tensor.numel() * (active if tensor.ndim == 3 else 1)
         return round(count)
 
@@ -167,6 +171,37 @@ def head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     if cap is None:
         return project
     return lambda states: torch.tanh(project(states) / cap) * cap
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The routed experts of each MoE layer; a dense model counts as one."""
+
+    count: int
+    chosen: int
+    """Of them, by each token."""
+    clusters: int
+    """Students that they were cut from, each of them into as many."""
+    common: int
+    """Of each student's, the last ones, that stand for what shared experts took over (see `layouts`)."""
+
+    def of(self, cluster: int) -> Sequence[int]:
+        """A student's."""
+        each = self.count // self.clusters
+        return range(cluster * each, (cluster + 1) * each)
+
+    @property
+    def spare(self) -> Sequence[int]:
+        """Those of all students that no token uses at first."""
+        return [expert for cluster in range(self.clusters) for expert in self.of(cluster)[::-1][: self.common]]
+
+
+def experts(config: PreTrainedConfig) -> Experts:
+    """What a config says of routed experts, whatever its type calls them."""
+    count = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1
+    chosen, clusters = getattr(config, "num_experts_per_tok", None) or 1, getattr(config, CLUSTERS, None)
+    common = getattr(config, "n_shared_experts", 0) if clusters else 0
+    return Experts(count, chosen, clusters or count, common)
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:

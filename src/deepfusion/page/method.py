@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from deepfusion import figures
 from deepfusion.findings import RESULT, Findings
-from deepfusion.labels import METRICS, label
+from deepfusion.labels import LISTED, METRICS, label
 from deepfusion.page.parts import Section, Table, listed, percent, signed
 
 WRITTEN_BY_DEVICES = "Devices' models wrote some of this text: it can repeat private text word for word."
@@ -106,7 +106,9 @@ def routing(findings: Findings) -> Section | None:
     system, facts = (RESULT, found[RESULT]) if RESULT in found else next(iter(found.items()))
     information = facts["mutual_information"]
     by_layer = ", ".join(f"{number:.3f}" for number in information["layers"])
-    dead = ", ".join(f"layer {layer} expert {expert}" for layer, expert in facts["dead"])
+    dead = ", ".join(f"layer {layer} expert {expert}" for layer, expert in facts["dead"][:LISTED])
+    if len(facts["dead"]) > LISTED:
+        dead += f" … {len(facts['dead'])} in all of {facts['layers'] * facts['experts']}"
     alive = f"Dead, that is, of use to less than 1 % of the tokens: {dead}." if dead else EVERY_EXPERT
     text = [
         f"Router of: {label(system)}. A cell is the mean probability that the router gives an expert on a domain's "
@@ -136,15 +138,17 @@ def _favourites(facts: dict[str, Any]) -> str:
 
 
 def _removal(facts: dict[str, Any]) -> Table:
+    whole = facts["clusters"] == facts["experts"]
+    without = "without expert" if whole else "without the experts of cluster"
     cells = {(cell["expert"], cell["domain"]): cell for cell in facts["removal"]}
     domains = ["all", *facts["domains"]]
     rows: list[list[str]] = []
-    for expert in range(facts["experts"]):
+    for expert in dict.fromkeys(expert for expert, _ in cells):
         line = [cells[expert, domain] for domain in domains]
         changes = [(signed(cell["token_accuracy"], 3), signed(cell["nats_per_token"], 3)) for cell in line]
         rows.append([str(expert), *(text for pair in changes for text in pair)])
     return Table(
-        ["without expert", *(METRICS["token_accuracy"], METRICS["token_log_perplexity"]) * len(domains)],
+        [without, *(METRICS["token_accuracy"], METRICS["token_log_perplexity"]) * len(domains)],
         rows,
         groups=[("", 1), *((domain, 2) for domain in domains)],
         caption="What changes when no token can reach an expert. One that has learned a domain is missed there and "

@@ -1,14 +1,16 @@
-"""Phase III, assembly: K dense Llama students become one Mixtral (Fig. 6).
+"""Phase III, assembly: K dense students become one MoE (Fig. 6).
 
-Expert i of layer l is the FFN of layer l of student i (Eq. 12); everything else is the students' mean (Eq. 13).
+Expert i of layer l is the FFN of layer l of student i (Eq. 12), whole or cut into several; everything else is the
+students' mean (Eq. 13). `layouts` says which part becomes which expert, `families` what the MoE is, `parts` makes each
+tensor.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -26,16 +28,38 @@ from deepfusion.checkpoints import (
     tokenizer_fingerprint,
 )
 from deepfusion.config import AssemblePhase, Runtime
+from deepfusion.config.targets import target_of
 from deepfusion.data.documents import Document, TransferDocument, read_jsonl
-from deepfusion.families import family
-from deepfusion.families.mixtral import moe_config
-from deepfusion.phases.proxy import means
+from deepfusion.families import TARGETS, experts, family
+from deepfusion.families.target import MATRICES, MoE, moe_config
+from deepfusion.layouts import Layout, plan, router_rows
+from deepfusion.phases.parts import Plan, parts
 from deepfusion.phases.router import measure_router
-from deepfusion.weights import Part, Stored, stored, write
+from deepfusion.weights import Stored, stored, write
 
 ROUTER_STD = 0.02
-# Names on disk: the FFN's matrices in a Llama layer → in a Mixtral expert.
-_EXPERT = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
+class Shape(NamedTuple):
+    """What students are to become, known before anything is read of them but their configs."""
+
+    dense: PreTrainedConfig
+    moe: MoE
+    config: PreTrainedConfig
+    layout: Layout
+
+
+def shape(students: Sequence[Checkpoint], config: AssemblePhase) -> Shape:
+    """The MoE that a recipe makes of students.
+
+    Raises:
+        ValueError: the students are not of one lineage, no MoE is made of their type, or they set what it cannot carry.
+    """
+    first = _first_of_one_lineage(students)
+    dense = open_config(first.folder)
+    moe = TARGETS[target_of(dense.model_type, config.target)]
+    layout = plan(config, clusters=len(students), channels=dense.intermediate_size, shared=moe.common)
+    return Shape(dense, moe, moe_config(moe, dense, layout, config.shared_width), layout)
 
 
 def assemble(
@@ -48,13 +72,13 @@ def assemble(
     work: Work | None = None,
     resume: bool = False,
 ) -> Checkpoint:
-    """Merge students, in the order of their clusters, into a Mixtral checkpoint that transformers opens by itself.
+    """Merge students, in the order of their clusters, into an MoE checkpoint that transformers opens by itself.
 
-    Memory holds an expert's matrix, or blocks of a few other tensors, whatever the number and size of students.
+    Memory holds a few matrices of an FFN, or blocks of other tensors, whatever the number and size of students.
 
     Args:
-        students: K dense Llama-type checkpoints of one lineage.
-        config: experts per token, and how the router starts.
+        students: K dense checkpoints of one lineage, of a type that has an MoE (`config.targets.KIN`).
+        config: what they become, how their FFNs are laid out, and how the router starts.
         router_rows: safetensors file with `rows` [L, K, H], for `router: hidden_means` (see `measure_router`).
         seed: of the random router.
         into: where the checkpoint goes.
@@ -62,14 +86,16 @@ def assemble(
         resume: keep the files of weights that an interrupted call with the same arguments has finished.
 
     Raises:
-        ValueError: the students are not of one lineage, are no Llama, or set what a Mixtral cannot carry.
+        ValueError: as `shape`, or the rows are not theirs.
     """
-    first = _first_of_one_lineage(students)
-    dense = open_config(first.folder)
-    merged = moe_config(dense, len(students), config.top_k)
-    rows = _router(config, router_rows, dense, len(students), seed)
-    write(into, _merged(_of_equal_shapes(students), rows), resume=resume)
-    merged.dtype = dense.dtype
+    wanted = shape(students, config)
+    first, layout = students[0], wanted.layout
+    rows, factors = _router(config, router_rows, wanted, seed)
+    shared = wanted.moe.width_of_shared(layout, config.shared_width)
+    made = Plan(family(first.model_type), wanted.moe, layout, shared, factors)
+    write(into, parts(_of_equal_shapes(students), made, rows), resume=resume)
+    merged = wanted.config
+    merged.dtype = wanted.dense.dtype
     copy_description(first.folder, into)
     merged.save_pretrained(into)  # in place of the dense one
     tokenizer = tokenizer_fingerprint(open_tokenizer(first.folder))
@@ -84,71 +110,61 @@ def upcycle(
 
 
 def expert_difference(folder: Path) -> list[float]:
-    """Per layer: mean over all pairs of experts of ‖a − b‖ / ½(‖a‖ + ‖b‖); 0 for a single expert.
+    """Per MoE layer: mean over all pairs of students of ‖a − b‖ / ½(‖a‖ + ‖b‖), over all experts that each of them has.
+
+    0 where there is a single one.
 
     Raises:
-        ValueError: the folder holds no Mixtral.
+        ValueError: the folder holds no MoE.
     """
     config = open_config(folder)
-    if config.model_type != "mixtral":
+    moe = TARGETS.get(config.model_type)
+    if moe is None:
         raise ValueError(f"{folder} holds a {config.model_type}, which has no experts")
-    held = stored(folder)
+    places, held = stored(folder), experts(config)
     differences: list[float] = []
-    for layer in range(config.num_hidden_layers):
-        experts = [
-            torch.cat([held[name].read().float().flatten() for name in _expert_names(layer, expert)])
-            for expert in range(config.num_local_experts)
+    for layer in range(moe.dense_layers, config.num_hidden_layers):
+        students = [
+            torch.cat(
+                [
+                    places[name].read().float().flatten()
+                    for expert in held.of(cluster)
+                    for name in (moe.expert(layer, expert, matrix) for matrix in MATRICES)
+                ]
+            )
+            for cluster in range(held.clusters)
         ]
-        norms = [float(torch.linalg.vector_norm(expert)) for expert in experts]
+        norms = [float(torch.linalg.vector_norm(student)) for student in students]
         apart = [
-            2 * float(torch.linalg.vector_norm(experts[a] - experts[b])) / (norms[a] + norms[b])
-            for a, b in itertools.combinations(range(len(experts)), 2)
+            2 * float(torch.linalg.vector_norm(students[a] - students[b])) / (norms[a] + norms[b])
+            for a, b in itertools.combinations(range(len(students)), 2)
         ]
         differences.append(sum(apart) / len(apart) if apart else 0.0)
     return differences
 
 
-def _expert_names(layer: int, expert: int) -> list[str]:
-    return [f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{part}.weight" for part in _EXPERT.values()]
-
-
-def _merged(students: Sequence[dict[str, Stored]], rows: Float[Tensor, "layers experts hidden"]) -> Iterator[Part]:
-    """The Mixtral's tensors by their names on disk: each a mean, an expert's matrix, or a layer's router."""
-    role = family("llama").role
-    for name, one in students[0].items():
-        if role(name) == "ffn":
-            before, _, after = name.partition(".mlp.")
-            part = _EXPERT[after.removesuffix(".weight")]
-            for expert, student in enumerate(students):
-                matrix = f"{before}.block_sparse_moe.experts.{expert}.{part}.weight"
-                yield Part(matrix, one.dtype, one.shape, student[name].read)
-            continue
-        yield Part(name, one.dtype, one.shape, partial(_mean, [student[name] for student in students]))
-        if name.endswith(".post_attention_layernorm.weight"):
-            layer = name.removesuffix(".post_attention_layernorm.weight")
-            gate = rows[int(layer.rpartition(".")[2])].to(one.dtype)
-            yield Part.of(f"{layer}.block_sparse_moe.gate.weight", gate)
-
-
-def _mean(members: Sequence[Stored]) -> Iterator[Tensor]:
-    for block in means(members, [1.0] * len(members)):
-        yield block.to(members[0].dtype)
-
-
 def _router(
-    config: AssemblePhase, path: Path | None, dense: PreTrainedConfig, experts: int, seed: int
-) -> Float[Tensor, "layers experts hidden"]:
-    wanted = (dense.num_hidden_layers, experts, dense.hidden_size)
+    config: AssemblePhase, path: Path | None, wanted: Shape, seed: int
+) -> tuple[Float[Tensor, "layers experts hidden"], list[float]]:
+    """The router's rows, and per layer what experts are multiplied by."""
+    layout, layers, hidden = wanted.layout, wanted.dense.num_hidden_layers, wanted.dense.hidden_size
+    size = (layers, layout.clusters, hidden)
     if config.router == "random":
-        return ROUTER_STD * torch.randn(wanted, generator=torch.Generator().manual_seed(seed))
+        # Not renormalised, experts are scaled for a router without preferences: then it must hardly have any.
+        std = ROUTER_STD if layout.renormalised else ROUTER_STD / hidden**0.5
+        rows = std * torch.randn(size, generator=torch.Generator().manual_seed(seed))
+        return router_rows(rows, layout, seed), [layout.factor(layout.uniform())] * layers
     if path is None:
         raise ValueError(
             "assemble.router is hidden_means, but no router rows were measured: set assemble.router: random"
         )
-    rows = load_file(path)["rows"]
-    if tuple(rows.shape) != wanted:
-        raise ValueError(f"{path}: rows have shape {tuple(rows.shape)} instead of {wanted} (layers, experts, hidden)")
-    return rows
+    found = load_file(path)
+    if tuple(found["rows"].shape) != size:
+        raise ValueError(
+            f"{path}: rows have shape {tuple(found['rows'].shape)} instead of {size} (layers, students, hidden)"
+        )
+    measured = found["probability"].tolist() if "probability" in found else [layout.uniform()] * layers
+    return router_rows(found["rows"], layout, seed), [layout.factor(probability) for probability in measured]
 
 
 def _first_of_one_lineage(students: Sequence[Checkpoint]) -> Checkpoint:
@@ -193,6 +209,7 @@ def merge(
     """
     if config.router == "random":
         return assemble(students, config, None, seed=seed, into=into, resume=resume)
+    wanted = shape(students, config)  # before anything is measured: it may be impossible
     known: list[list[Document]] = [[] for _ in students]
     # What devices wrote tells more of a cluster than public text that merely resembles it.
     documents = sorted(read_jsonl(transfer.documents, TransferDocument), key=lambda document: document.kind == "public")
@@ -200,7 +217,14 @@ def merge(
         if document.cluster is not None:
             known[document.cluster].append(document)
     rows, work = measure_router(
-        students, known, config, max_tokens=config.router_tokens, into=into, runtime=runtime, resume=resume
+        students,
+        known,
+        config,
+        wanted.layout,
+        max_tokens=config.router_tokens,
+        into=into,
+        runtime=runtime,
+        resume=resume,
     )
     moe = assemble(students, config, rows, seed=seed, into=into, work=work, resume=resume)
     rows.unlink()

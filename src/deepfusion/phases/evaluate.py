@@ -21,7 +21,7 @@ from deepfusion.data.documents import Question, ScoredQuestion, read_jsonl, writ
 from deepfusion.errors import InputError
 from deepfusion.families import context_length
 from deepfusion.progress import Ticker
-from deepfusion.routing import RoutingTally, expert_count, expert_difference, recorded, routers, without_expert
+from deepfusion.routing import RoutingTally, expert_difference, experts_of, recorded, routers, without_experts
 from deepfusion.scoring import Observer, Piece, Score, score
 
 ROWS = "rows.jsonl"
@@ -42,8 +42,8 @@ def evaluate(
 
     Writes `rows.jsonl`, one `ScoredQuestion` a line in the file's order. A question longer than the model's context
     loses the beginning of its prompt. With `routing` (MoE only) `Scores.routing` holds `RoutingTally.summary` over the
-    tokens that the model reads (start, prompt, answer without its last), `removal` (per expert and domain, how nats per
-    answer token and token accuracy change when no token can reach that expert) and `expert_difference`.
+    tokens that the model reads (start, prompt, answer without its last), `removal` (per student's expert or experts and
+    domain, how nats per answer token and token accuracy change when no token can reach them) and `expert_difference`.
 
     Raises:
         InputError: names the question that has no answer or whose answer is longer than the context; or there is none.
@@ -72,7 +72,7 @@ def evaluate(
         for option in question.options or ()
         if option != question.answer
     }
-    passes = 1 + (expert_count(network) if routing else 0)
+    passes = 1 + (experts_of(network).clusters if routing else 0)
     total = sum(len(p.ids) for p in answers) * passes + sum(len(p.ids) for p in others.values())
     ticker = Ticker(into, total)
 
@@ -93,9 +93,10 @@ def _examine(
     network: nn.Module, questions: Sequence[Question], answers: Sequence[Piece], run: Callable[..., list[Score]]
 ) -> tuple[list[Score], dict[str, Any]]:
     """Score the answers while watching the routers, then once more without each expert."""
-    experts, names = expert_count(network), sorted({question.domain for question in questions})
+    moe = experts_of(network)
+    names = sorted({question.domain for question in questions})
     domains = [names.index(question.domain) for question in questions]
-    tally = RoutingTally(len(routers(network)), names, experts)
+    tally = RoutingTally(len(routers(network)), names, moe.count)
     with recorded(network) as routed:
 
         def observe(batch: list[int], real: Tensor) -> None:
@@ -104,10 +105,12 @@ def _examine(
 
         scores = run(answers, observe)
     removal: list[dict[str, Any]] = []
-    for expert in range(experts) if experts > 1 else ():
-        with without_expert(network, expert):
-            removal += changes(questions, scores, run(answers), expert)
-    return scores, {**tally.summary(), "removal": removal, "expert_difference": expert_difference(network)}
+    for cluster in range(moe.clusters) if moe.clusters > 1 else ():
+        # Nor the spare ones: they are no substitute, but would beat students whose logits are negative.
+        with without_experts(network, [*moe.of(cluster), *moe.spare]):
+            removal += changes(questions, scores, run(answers), cluster)
+    facts = {**tally.summary(), "clusters": moe.clusters, "removal": removal}
+    return scores, {**facts, "expert_difference": expert_difference(network)}
 
 
 # ── text to tokens and scores to rows ─────────────────────────────────────────────────────────────────────────────────

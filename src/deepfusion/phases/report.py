@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from deepfusion.artifacts import Checkpoint, Report
 from deepfusion.checkpoints import open_config
-from deepfusion.families import family
+from deepfusion.families import TARGETS, experts, family
 from deepfusion.findings import Compute, Findings, Measured, Step, headline, main_subset, mean
 from deepfusion.labels import METRICS, QUESTIONS, counted, in_order, joined, label
 from deepfusion.outcome import results
@@ -75,6 +75,7 @@ def model_card(findings: Findings, model: Checkpoint, *, into: Path) -> Path:
         front=yaml.safe_dump(front, sort_keys=False),
         findings=findings,
         model=model,
+        native=TARGETS[model.model_type].native if model.model_type in TARGETS else True,
         parts=parts,
         total=Part("all", sum(part.parameters for part in parts), sum(part.used for part in parts)),
         questions=QUESTIONS[subset],
@@ -98,18 +99,19 @@ def parameter_split(folder: Path) -> list[Part]:
     held: Counter[str] = Counter()
     for name, (_, shape) in shapes(folder).items():
         held[known.role(name)] += math.prod(shape)
-    experts, chosen = getattr(config, "num_local_experts", 1), getattr(config, "num_experts_per_tok", 1)
+    moe = experts(config)
     tied = "head" not in held
     named = {
         "embedding": f"token embeddings, {'which are the output head too' if tied else 'of which one row is used'}",
         "attention": "attention",
         "router": "routers",
-        "ffn": f"feed-forward layers: {experts} experts each, of which {chosen} are used",
+        "ffn": f"feed-forward layers: {moe.count} experts each, of which {moe.chosen} are used",
+        "shared": "feed-forward layers that every token uses",
         "norm": "norms",
         "head": "output head",
     }
     used = dict(held)
-    used["ffn"] = held["ffn"] * chosen // experts
+    used["ffn"] = held["ffn"] * moe.chosen // moe.count
     if not tied:
         used["embedding"] = held["embedding"] // config.vocab_size
     return [Part(name, held[role], used[role]) for role, name in named.items() if held[role]]

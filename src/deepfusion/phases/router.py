@@ -24,6 +24,7 @@ from deepfusion.config import AssemblePhase, Runtime
 from deepfusion.data.documents import Document
 from deepfusion.data.tokens import Tokenizer
 from deepfusion.families import family
+from deepfusion.layouts import Layout, probability
 from deepfusion.phases.proxy import average_folders
 
 BATCH = 16
@@ -34,6 +35,7 @@ def measure_router(
     students: Sequence[Checkpoint],
     documents: Sequence[Sequence[Document]],
     config: AssemblePhase,
+    layout: Layout,
     *,
     max_tokens: int,
     into: Path,
@@ -46,6 +48,7 @@ def measure_router(
         students: the K students, in the order of their clusters.
         documents: per cluster, text that it knows, the most telling first.
         config: how large the rows' logits become.
+        layout: what the rows will choose among.
         max_tokens: about how many tokens of each cluster are looked at.
         into: where the file goes.
         runtime: where the mean of the students runs.
@@ -53,7 +56,8 @@ def measure_router(
 
     Returns:
         The file, with `rows` [L, K, H], the `means` [L, K, H] they come from and the `spread` [L] of the logits before
-        scaling; and the work that two passes over the text took.
+        scaling; where weights are not renormalised, also `probability` [L] (see `layouts`). And the work of two passes
+        over the text, or three.
 
     Raises:
         ValueError: there are not as many clusters of documents as students, or no text at all.
@@ -70,12 +74,15 @@ def measure_router(
         model = open_model(middle, accelerator=runtime.accelerator)
         means = hidden_means(model, text)
         spread = logit_spread(model, text, centred(means))
-        shutil.rmtree(middle)
         rows = router_from_means(means, spread, config.router_scale)
+        found = {"rows": rows, "means": means, "spread": spread}
+        if not layout.renormalised:
+            found["probability"] = mean_probability(model, text, rows, layout)
+        shutil.rmtree(middle)
         temporary = path.with_suffix(".tmp")
-        save_file({"rows": rows, "means": means, "spread": spread}, temporary)
+        save_file(found, temporary)
         temporary.replace(path)
-    tokens = 2 * sum(len(ids) for cluster in text for ids in cluster)
+    tokens = (2 if layout.renormalised else 3) * sum(len(ids) for cluster in text for ids in cluster)
     return path, Work(tokens=tokens, forward=float(tokens * first.active_parameters))
 
 
@@ -94,7 +101,7 @@ def centred(means: Float[Tensor, "layers clusters hidden"]) -> Float[Tensor, "la
     """What sets each cluster's mean apart: without the mean over clusters, and without its direction.
 
     Hidden states have a large part in common. A row that is not at right angles to it scores every token alike, and one
-    expert would be favoured whatever the text; Mixtral's router has no bias that could make up for it.
+    expert would be favoured whatever the text; the routers have no bias that could make up for it.
     """
     common = means.mean(dim=1, keepdim=True)
     direction = torch.nn.functional.normalize(common, dim=-1)
@@ -136,6 +143,18 @@ def logit_spread(
             sums += logits.sum(dim=(1, 2))
             count += logits[0].numel()
     return (squares / count - (sums / count).square()).clamp(min=0).sqrt().float()
+
+
+def mean_probability(
+    model: PreTrainedModel, text: Sequence[Ids], rows: Float[Tensor, "layers clusters hidden"], layout: Layout
+) -> Float[Tensor, " layers"]:
+    """Mean over all tokens of `layouts.probability` with these rows; float32."""
+    total, count = torch.zeros(len(rows)).double(), 0
+    for cluster in text:
+        for states in _ffn_inputs(model, cluster):
+            found = probability(torch.einsum("lth,lkh->ltk", states, rows), layout)
+            total, count = total + found.sum(dim=1), count + found.shape[1]
+    return (total / count).float()
 
 
 def _ffn_inputs(model: PreTrainedModel, text: Ids) -> Iterator[Float[Tensor, "layers tokens hidden"]]:

@@ -10,7 +10,7 @@ from deepfusion.config import Runtime, TunePhase
 from deepfusion.families import Role
 from deepfusion.students import learn, tokens_within, transfer_lessons
 
-NOT_EXPERTS: frozenset[Role] = frozenset({"embedding", "attention", "norm", "head", "router"})
+NOT_EXPERTS: frozenset[Role] = frozenset({"embedding", "attention", "shared", "norm", "head", "router"})
 
 
 def tune(
@@ -25,7 +25,7 @@ def tune(
     into: Path,
     runtime: Runtime,
 ) -> Checkpoint:
-    """Train router, attention, embeddings, norms and head (and the experts unless frozen): CE, and KL to the writers.
+    """Train all but the routed experts, and them too unless they are frozen: CE, and KL to the writers.
 
     Args:
         ask: whose signals the teachings hold, as in `DistillPhase.teachers`.
