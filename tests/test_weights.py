@@ -88,11 +88,15 @@ def test_tensors_are_made_and_read_by_rows(tmp_path: Path, monkeypatch: pytest.M
     assert torch.equal(one.read(), whole)
     assert torch.equal(one.read(slice(1, 3)), whole[1:3])
     assert torch.equal(one.read(slice(4, None)), whole[4:])
-    assert list(one.blocks()) == [None]
+    assert list(weights.blocks(one.shape)) == [slice(0, 6)]
+    assert list(weights.blocks(())) == [None]
+    assert list(weights.blocks((0, 4))) == [slice(0, 0)]
     monkeypatch.setattr(weights, "BLOCK", 9)
-    assert list(one.blocks()) == [slice(0, 2), slice(2, 4), slice(4, 6)]
+    assert list(weights.blocks(one.shape)) == [slice(0, 2), slice(2, 4), slice(4, 6)]
+    assert list(weights.blocks(one.shape, slice(3, None))) == [slice(3, 5), slice(5, 6)]
+    assert torch.equal(torch.cat([*one.through(slice(1, 4))]), whole[1:4])
     monkeypatch.setattr(weights, "BLOCK", 3)  # not even a row
-    assert torch.equal(torch.cat([one.read(rows) for rows in one.blocks()]), whole)
+    assert torch.equal(torch.cat([*one.through()]), whole)
 
 
 @pytest.mark.parametrize(

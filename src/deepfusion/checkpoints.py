@@ -196,7 +196,7 @@ def check_finite(folder: Path) -> None:
         ValueError: names the tensor whose values are not all finite.
     """
     for name, one in stored(folder).items():
-        if one.dtype.is_floating_point and not all(bool(one.read(r).isfinite().all()) for r in one.blocks()):
+        if one.dtype.is_floating_point and not all(bool(block.isfinite().all()) for block in one.through()):
             raise ValueError(f"{folder}: tensor {name} holds NaN or infinity")
 
 

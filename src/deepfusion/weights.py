@@ -81,14 +81,21 @@ class Stored:
         status = self.file.stat()
         return status.st_dev, status.st_ino, self.start
 
-    def blocks(self) -> Iterator[slice | None]:
-        """What to `read` one after another to see all of the tensor, about `BLOCK` elements at a time."""
-        if math.prod(self.shape) <= BLOCK:
-            yield None
-            return
-        rows = max(1, BLOCK // math.prod(self.shape[1:]))
-        for first in range(0, self.shape[0], rows):
-            yield slice(first, min(first + rows, self.shape[0]))
+    def through(self, rows: slice = slice(None)) -> Iterator[Tensor]:
+        """Its rows, or some of them, block by block."""
+        for block in blocks(self.shape, rows):
+            yield self.read(block)
+
+
+def blocks(shape: tuple[int, ...], rows: slice = slice(None)) -> Iterator[slice | None]:
+    """What of a tensor's `rows` to work on one after another, about `BLOCK` elements at a time; of a scalar, all."""
+    if not shape:
+        yield None
+        return
+    first, last, _ = rows.indices(shape[0])
+    step = max(1, BLOCK // max(1, math.prod(shape[1:])))
+    for start in range(first, last, step) or (first,):
+        yield slice(start, min(start + step, last))
 
 
 def index(folder: Path) -> dict[str, Path]:
@@ -154,8 +161,8 @@ def digest(folder: Path) -> str:
     shard = _laid_out([Part(name, one.dtype, one.shape, one.read) for name, one in held.items()])
     sha = hashlib.sha256(_head(shard))
     for part in shard:
-        for rows in held[part.name].blocks():
-            sha.update(_bytes(held[part.name].read(rows)))
+        for block in held[part.name].through():
+            sha.update(_bytes(block))
     return sha.hexdigest()
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from deepfusion.families import Family
 from deepfusion.families.target import MATRICES, MoE
 from deepfusion.layouts import Layout, padded
-from deepfusion.phases.proxy import mean, means
-from deepfusion.weights import Part, Stored
+from deepfusion.phases.proxy import means
+from deepfusion.weights import Part, Stored, blocks
 
 GATE_STD = 0.02  # of the logits of a shared expert's gate, for hidden states of unit mean square
 ROUTER_AFTER = ".post_attention_layernorm.weight"  # a tensor that every layer of every kin has
@@ -73,50 +73,58 @@ class _Experts:
         self._own: tuple[Stored, Tensor] | None = None
         self._mean: tuple[str, Tensor] | None = None
 
-    def up(self, name: str, expert: int) -> Tensor:
+    def up(self, name: str, expert: int) -> Iterator[Tensor]:
         """Gate or up of a routed expert: rows of its student's."""
         student, number = divmod(expert, self.layout.granularity)
-        return padded(self.students[student][name].read(self.layout.span(number)), self.layout.width, axis=0)
+        one, span = self.students[student][name], self.layout.span(number)
+        yield from one.through(span)
+        yield _zeros(one, self.layout.width - (span.stop - span.start))
 
-    def down(self, name: str, expert: int) -> Tensor:
+    def down(self, name: str, expert: int) -> Iterator[Tensor]:
         """Down of a routed expert: columns of its student's, so scaled that weights sum to what they should."""
         student, number = divmod(expert, self.layout.granularity)
-        stored, factor = self.students[student][name], self.plan.factors[_layer(name)]
-        if self._own is None or self._own[0] is not stored:
-            self._own = (stored, stored.read())
-        own = self._own[1][:, self.layout.span(number)]
-        if number >= self.layout.shards:  # a spare expert adds what the shared ones, a mean, lack of its student
-            own = ((own.float() - self._middle(name)[:, self.layout.span(number)].float()) * factor).to(own.dtype)
-        elif factor != 1:
-            own = (own.float() * factor).to(own.dtype)
-        return padded(own, self.layout.width, axis=1)
+        one, span, factor = self.students[student][name], self.layout.span(number), self.plan.factors[_layer(name)]
+        if self._own is None or self._own[0] is not one:
+            self._own = (one, one.read())
+        for rows in blocks(one.shape):
+            own = self._own[1][rows, span]
+            if number >= self.layout.shards:  # a spare expert adds what the shared ones, a mean, lack of its student
+                own = ((own.float() - self._middle(name)[rows, span].float()) * factor).to(own.dtype)
+            elif factor != 1:
+                own = (own.float() * factor).to(own.dtype)
+            yield padded(own, self.layout.width, axis=1)
 
-    def shared(self, name: str) -> Tensor:
+    def shared(self, name: str) -> Iterator[Tensor]:
         """A matrix of the shared experts: the mean's last shards, or all of the mean with a down of zeros."""
-        axis, members = _axis(name), [student[name] for student in self.students]
-        if not self.layout.common:
-            matrix = torch.zeros(members[0].shape, dtype=members[0].dtype) if axis else _whole(members)
-            return padded(matrix, self.plan.shared_width, axis=axis)
-        last = [self.layout.span(number) for number in range(self.layout.shards, self.layout.granularity)]
-        shards = [self._middle(name)[:, span] if axis else _whole(members, span) for span in last]
-        return torch.cat([padded(shard, self.layout.width, axis=axis) for shard in shards], dim=axis)
+        layout, members = self.layout, [student[name] for student in self.students]
+        whole, last = slice(0, layout.channels), range(layout.shards, layout.granularity)
+        spans = [layout.span(number) for number in last] if layout.common else [whole]
+        width = layout.width if layout.common else self.plan.shared_width
+        if not _axis(name):
+            for span in spans:
+                yield from _mean(members, span)
+                yield _zeros(members[0], width - (span.stop - span.start))
+            return
+        middle = self._middle(name) if layout.common else torch.zeros(members[0].shape, dtype=members[0].dtype)
+        for rows in blocks(members[0].shape):
+            yield torch.cat([padded(middle[rows, span], width, axis=1) for span in spans], dim=1)
 
     def _middle(self, name: str) -> Tensor:
         """The mean of a down matrix."""
         if self._mean is None or self._mean[0] != name:
-            self._mean = (name, _whole([student[name] for student in self.students]))
+            self._mean = (name, torch.cat([*_mean([student[name] for student in self.students])]))
         return self._mean[1]
 
 
-def _mean(members: Sequence[Stored]) -> Iterator[Tensor]:
-    """The students' mean (Eq. 13), in their dtype, block by block."""
-    for block in means(members, [1.0] * len(members)):
+def _mean(members: Sequence[Stored], rows: slice = slice(None)) -> Iterator[Tensor]:
+    """The students' mean (Eq. 13), or some rows of it, in their dtype, block by block."""
+    for block in means(members, [1.0] * len(members), rows):
         yield block.to(members[0].dtype)
 
 
-def _whole(members: Sequence[Stored], rows: slice | None = None) -> Tensor:
-    """The same in one piece, or some rows of it."""
-    return mean((member.read(rows) for member in members), [1.0] * len(members)).to(members[0].dtype)
+def _zeros(one: Stored, count: int) -> Tensor:
+    """Rows of zeros, of channels that are not there."""
+    return torch.zeros(count, *one.shape[1:], dtype=one.dtype)
 
 
 def _layer(name: str) -> int:

@@ -18,7 +18,7 @@ from deepfusion.config import ProxyPhase
 from deepfusion.encoders import cosine, decode
 from deepfusion.roles import by_lineage
 from deepfusion.store import link_tree
-from deepfusion.weights import Part, Stored, stored, write
+from deepfusion.weights import Part, Stored, blocks, stored, write
 
 __all__ = ["average", "average_folders", "by_lineage", "mean", "means", "name_of"]
 
@@ -47,16 +47,16 @@ def mean(tensors: Iterable[Shaped[Tensor, "*shape"]], weights: Sequence[float]) 
     return result
 
 
-def means(members: Sequence[Stored], weights: Sequence[float]) -> Iterator[Tensor]:
-    """`mean` of tensors on disk, block of rows by block of rows, whatever their number and size.
+def means(members: Sequence[Stored], weights: Sequence[float], rows: slice = slice(None)) -> Iterator[Tensor]:
+    """`mean` of tensors on disk, or of some of their rows, block by block, whatever their number and size.
 
     Raises:
         ValueError: as `mean`.
     """
-    if len({member.place for member in members}) == 1:  # hard links of one file: two say what all say, to the last bit
+    if len({member.place for member in members}) == 1:  # links of one file: two say what all say, to the last bit
         members, weights = members[:2], sorted(weights)[-2:]
-    for rows in members[0].blocks():
-        yield mean((member.read(rows) for member in members), weights)
+    for block in blocks(members[0].shape, rows):
+        yield mean((member.read(block) for member in members), weights)
 
 
 def name_of(proxy: Proxy) -> str:
@@ -130,7 +130,7 @@ def average_folders(folders: Sequence[Path], weights: Sequence[float], *, into: 
     def made(name: str, dtype: torch.dtype) -> Iterator[Tensor]:
         members, found = [member[name] for member in held], list[list[float]]()
         try:
-            for rows, middle in zip(members[0].blocks(), means(members, weights), strict=True):
+            for rows, middle in zip(blocks(expected[name]), means(members, weights), strict=True):
                 yield (block := middle.to(dtype))
                 found.append(_squares(block, members, rows))
         except ValueError as error:
@@ -146,7 +146,7 @@ def average_folders(folders: Sequence[Path], weights: Sequence[float], *, into: 
     for name, one in stored(into).items():
         if name not in squares:  # in a file that an interrupted attempt has finished
             members = [member[name] for member in held]
-            squares[name] = _sums(_squares(one.read(rows), members, rows) for rows in one.blocks())
+            squares[name] = _sums(_squares(one.read(rows), members, rows) for rows in blocks(one.shape))
     norm, *apart = _sums(squares[name] for name in expected)
     return math.sqrt(max(apart) / norm) if norm else 0.0
 
