@@ -106,6 +106,9 @@ def findings(folder: Path, devices: list[str], **changes: Any) -> Findings:
             tokens=5_000,
             embedding="00",
             bytes=520_000 + 10_000 * (i % 3),
+            method=("full", "lora", "qlora")[i % 3],
+            trained_parameters=(130_000, 4_000, 4_000)[i % 3],
+            sends="model",
         )
         for i, device in enumerate(devices)
     ]
@@ -176,7 +179,21 @@ def findings(folder: Path, devices: list[str], **changes: Any) -> Findings:
             Compute("pooled_text", "train", Work(tokens=660_000, forward=4e11, backward=8e11)),
             Compute("centralized", "train", Work(tokens=660_000, forward=8e11, backward=16e11)),
         ],
-        steps=[Step("device", d, 12.0, 11.5, i == 0, 5_000, 1e9, 200_000_000, "device") for i, d in enumerate(devices)]
+        steps=[
+            Step(
+                "device",
+                d,
+                12.0,
+                11.5,
+                i == 0,
+                5_000,
+                1e9,
+                200_000_000,
+                "device",
+                {"before_bytes": 2**27, "peak_bytes": 3 * 2**26} if i else None,
+            )
+            for i, d in enumerate(devices)
+        ]
         + [
             Step("cluster", None, 0.5, 0.5, False),
             Step("joint", None, 90.0, 88.0, False, 900_000, 1e12, 700_000_000),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from deepfusion import memory
 from deepfusion.artifacts import Artifact
 from deepfusion.errors import InputError
 from deepfusion.progress import PROGRESS, Ticker
@@ -54,6 +55,16 @@ def ended(text: str, *, into: Path) -> Note:
     """Take a moment, and leave a mark at its end."""
     (into / "begun").touch()
     time.sleep(float(text))
+    return note(text, into=into)
+
+
+def trained(text: str, *, into: Path) -> Note:
+    """Hold some memory for a moment, and leave word of it."""
+    before = memory.resident()
+    held = bytearray(2**20 * int(text))
+    held[::4096] = b"x" * len(held[::4096])
+    del held
+    memory.note(into, before)
     return note(text, into=into)
 
 

@@ -113,6 +113,12 @@ def sources(recipe: Recipe) -> list[TextSource]:
             "assemble: a fine-grained deepseek uses one student's FFN for a token: set top_k: 1",
         ),
         ("assemble={target: deepseek, shared_width: 512}", "assemble: a deepseek has no shared_width: leave it out"),
+        (
+            "device.upload=adapter",
+            "device: upload: adapter needs method: lora or qlora, for full training has no adapter to send",
+        ),
+        ("device.method=LoRA", "device.method: must be full, lora or qlora, not 'LoRA'"),
+        ("device.lora.targets=[]", "device.lora.targets: must have at least 1 entry, not 0"),
         ("seed=" + "x" * 100, "seed: must be an integer ≥ 0, not '" + "x" * 59 + "…"),
     ],
 )

@@ -70,6 +70,25 @@ def test_a_step_runs_once_whatever_the_runtime(tmp_path: Path) -> None:
     assert engine.done[0].facts.peak_bytes > 0
 
 
+def test_every_step_has_a_peak_of_its_own(tmp_path: Path) -> None:
+    """Also in one process, and also when it is found again."""
+    with Engine(Store(tmp_path), HERE) as engine:
+        for item, size in (("large", "96"), ("small", "8")):
+            note(engine, size, "trained", item=item).result()
+        note(engine, "none", item="none").result()
+    large, small, none = (done.facts for done in engine.done)
+    assert large.training is not None
+    assert small.training is not None
+    assert none.training is None
+    assert large.training.peak_bytes - large.training.before_bytes > 90 * 2**20
+    assert small.training.peak_bytes - small.training.before_bytes < 40 * 2**20
+    assert large.peak_bytes >= large.training.peak_bytes > small.peak_bytes + 40 * 2**20
+    with Engine(Store(tmp_path), HERE) as engine:
+        note(engine, "96", "trained", item="large").result()
+        note(engine, "none", item="none").result()
+    assert [done.facts.training for done in engine.done] == [large.training, None]
+
+
 def test_futures_are_arguments(tmp_path: Path) -> None:
     with Engine(Store(tmp_path), HERE) as engine:
         words = [note(engine, word, item=word) for word in ("one", "two", "three")]
@@ -196,6 +215,13 @@ def test_a_worker_runs_steps(hired: Engine) -> None:
     facts = hired.done[-1].facts
     assert 0 < facts.seconds < 60
     assert facts.peak_bytes > 2**20
+
+
+def test_a_worker_tells_of_a_training(hired: Engine) -> None:
+    note(hired, "64", "trained", item="trained").result()
+    facts = hired.done[-1].facts
+    assert facts.training is not None
+    assert facts.peak_bytes >= facts.training.peak_bytes > facts.training.before_bytes + 60 * 2**20
 
 
 def test_priorities_decide_what_runs_next(hired: Engine) -> None:

@@ -63,6 +63,20 @@ class Phase(Strict):
     side: Literal["device", "server", "reference"]
 
 
+class DeviceFacts(Strict):
+    device: str
+    ancestor: str
+    model_type: str
+    method: Literal["full", "lora", "qlora"]
+    sends: Literal["model", "adapter"]
+    parameters: int
+    trained_parameters: int
+    tokens: int
+    bytes: int
+    before_bytes: int | None
+    training_peak_bytes: int | None
+
+
 class Results(BaseModel):
     """The part of `results.json` whose shape does not depend on the run."""
 
@@ -74,6 +88,7 @@ class Results(BaseModel):
     rows: list[ResultRow]
     bytes: Bytes
     memory: Memory
+    devices: list[DeviceFacts]
     phases: list[Phase]
     rejected: list[Rejection]
 
@@ -120,6 +135,11 @@ def test_they_follow_their_schema(tmp_path: Path) -> None:
     assert results.bytes.up == sum(520_000 + 10_000 * (i % 3) for i in range(16))
     assert results.bytes.per_device["d00"] == Traffic(up=520_000, down=1000)
     assert results.memory.server_peak_bytes == 700_000_000, "a reference is not the server's memory"
+    assert [one.device for one in results.devices] == DEVICES
+    assert results.devices[0].training_peak_bytes is None, "it was not measured"
+    one = results.devices[4]
+    assert (one.method, one.trained_parameters, one.bytes) == ("lora", 4_000, 530_000)
+    assert one.training_peak_bytes == 3 * 2**26 > one.before_bytes == 2**27
     assert {row.item for row in results.rows if row.system == "device"} == set(DEVICES[:5])
     assert tree["compute"][2]["critical_path"] == 3e10
     assert tree["compute"][1]["token_parameters"] == pytest.approx(9.6e11)

@@ -25,6 +25,13 @@ def test_phases_that_a_recipe_leaves_out_are_left_out() -> None:
     assert counts("distill.objective.kind=vaa")["consult"] == 16
 
 
+def test_adapters_are_made_whole() -> None:
+    found = counts("device.method=lora", "device.upload=adapter")
+    assert (found["upload"], found["materialise"], found["cluster"]) == (1, 16, 1)
+    assert list(found) == [phase for phase in STEPS if phase in found]
+    assert "materialise" not in counts("device.method=lora")
+
+
 def test_phases_that_are_planned_already_are_not_told_again() -> None:
     assert list(counts(planned=set(STEPS) - {"evaluate", "report"})) == ["evaluate", "report"]
 

@@ -194,6 +194,16 @@ def test_what_devices_were_sent_is_told_if_anything_was(tmp_path: Path, down: di
     assert "0 B" not in section.text[0]
 
 
+def test_every_device_says_how_it_trained_and_what_that_took(tmp_path: Path) -> None:
+    section = costs.traffic(findings(tmp_path, DEVICES))
+    assert section is not None
+    [table] = section.tables
+    assert column(table, "method")["d01"] == "lora"
+    assert column(table, "trained")["d01"] == "4,000"
+    assert column(table, "peak memory") == {device: "192.0 MiB" if device != "d00" else "" for device in DEVICES}
+    assert column(table, "before")["d15"] == "128.0 MiB"
+
+
 def test_times_are_those_of_the_run_that_did_the_work(tmp_path: Path) -> None:
     """Sixteen devices of 12 seconds, the first of which a run before had trained."""
     section = costs.time(findings(tmp_path, DEVICES))

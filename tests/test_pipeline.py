@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deepfusion import pipeline
+from deepfusion import adapters, pipeline
 from deepfusion.artifacts import MANIFEST, Report, Upload
-from deepfusion.config import Runtime
+from deepfusion.config import LoRA, Runtime
 from deepfusion.errors import InputError
 from deepfusion.phases import device
 from deepfusion.weights import WEIGHTS, Part, tensors, write
@@ -98,7 +99,8 @@ def test_results_follow_their_schema(done: tuple[Path, Report, Seen]) -> None:
     assert found["memory"]["server_peak_bytes"] > 0
     for step in found["phases"]:
         assert {"name", "item", "seconds", "cpu_seconds", "cached", "tokens", "flops"} <= set(step)
-    assert {step["name"] for step in found["phases"]} == set(pipeline.STEPS) - {"take", "shift", "consult", "report"}
+    unwanted = {"take", "materialise", "shift", "consult", "report"}
+    assert {step["name"] for step in found["phases"]} == set(pipeline.STEPS) - unwanted
 
 
 def test_every_system_costs_what_it_may(done: tuple[Path, Report, Seen]) -> None:
@@ -347,6 +349,41 @@ def test_steps_are_called_what_they_are_about(done: tuple[Path, Report, Seen]) -
         assert {f"proxy {label}" for label in labels} <= names
         assert {f"evaluate proxy-{label}" for label in labels} <= names
     assert {"evaluate device-00", "evaluate branch-cluster-1", "evaluate deepfusion"} <= names
+
+
+def test_adapters_are_sent_and_made_whole(
+    again: Callable[..., tuple[Path, Seen]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four devices one trains an adapter that is not finite: it is left out, and the others go on."""
+    save = adapters.save
+
+    def poisoned(model: Any, ancestor: Path, lora: LoRA, folder: Path) -> None:
+        save(model, ancestor, lora, folder)
+        if folder.parent.name.startswith("device-02"):
+            held = load_file(folder / adapters.WEIGHTS)
+            next(iter(held.values())).fill_(torch.nan)
+            save_file(held, folder / adapters.WEIGHTS)
+
+    monkeypatch.setattr(adapters, "save", poisoned)
+    out, seen = again("device.method=lora", "device.upload=adapter", "device.epochs=2", "evaluate.references=[]",
+                      "transfer.kinds=[public]", "distill.budget_tokens=1000")  # fmt: skip
+    found = results(out)
+    left = [device for device in DEVICES if device != "device-02"]
+    assert [rejected["device"] for rejected in found["rejected"]] == ["device-02"]
+    assert "adapter_model.safetensors: tensor " in found["rejected"][0]["reason"]
+    assert found["rejected"][0]["reason"].endswith(" holds NaN or infinity")
+    assert {f"materialise {device}" for device in left} <= set(seen.ran)
+    assert {f"evaluate {device}" for device in left} <= set(seen.ran)
+    assert "materialise device-02" not in seen.ran
+    for one in found["devices"]:
+        [folder] = [path for path in out.glob(f"steps/device/{one['device']}-*") if (path / "adapter").is_dir()]
+        assert one["bytes"] == sum(path.stat().st_size for path in (folder / "adapter").iterdir()) + 64
+        assert one["bytes"] == found["bytes"]["per_device"][one["device"]]["up"]
+        assert (one["method"], one["sends"]) == ("lora", "adapter")
+        assert 0 < one["trained_parameters"] < one["parameters"]
+        assert 0 < one["before_bytes"] <= one["training_peak_bytes"]
+        peak = found["memory"]["device_peak_bytes"][one["device"]]
+        assert one["training_peak_bytes"] <= peak
 
 
 def test_models_from_elsewhere_are_taken(

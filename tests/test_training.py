@@ -6,18 +6,20 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from deepfusion import adapters
 from deepfusion.checkpoints import open_model
-from deepfusion.config import LogitsObjective, Runtime, Training, VAAObjective
+from deepfusion.config import LogitsObjective, LoRA, Runtime, Training, VAAObjective
 from deepfusion.data.batches import Schedule, collate
 from deepfusion.data.lessons import Lesson
 from deepfusion.families import family
 from deepfusion.objectives import Objective, Predictions, build_objective
 from deepfusion.progress import PROGRESS
 from deepfusion.routing import routers
-from deepfusion.training import COMPLETE, SCRATCH, Fit, Learner, fit
+from deepfusion.training import COMPLETE, SCRATCH, Fit, Learner, fit, run
 from pico import pico
 
 ALWAYS, NEVER = Runtime(checkpoint_seconds=1e-9), Runtime(checkpoint_seconds=1e9)
@@ -65,26 +67,32 @@ def trained(
     runtime: Runtime = NEVER,
     steps: int = STEPS,
     objective: LogitsObjective | None = None,
+    training: Training = TRAINING,
+    method: str = "full",
     **options: Any,
 ) -> tuple[PreTrainedModel, Fit]:
     """A fresh model, trained for some steps in `folder`."""
     source = folder.parent / model_type
     if not source.exists():
-        pico(model_type, source, hidden=16, layers=1, heads=2)
+        # NF4 comes in blocks of 64, and beside narrow weights an adapter can do little.
+        width = {"hidden": 16} if method == "full" else {"hidden": 64, "ffn": 256}
+        pico(model_type, source, layers=1, heads=2, **width)
         config = json.loads((source / "config.json").read_text())
         if "resid_pdrop" in config:  # as GPT-2 has it: a resumed training must throw the same dice
             (source / "config.json").write_text(json.dumps(config | {"resid_pdrop": 0.1}))
-    model = open_model(source)
+    model = open_model(source, nf4=method == "qlora")
+    if method != "full":
+        adapters.attach(model, LoRA(dropout=0.1), seed=3)
     packs = family(model_type).packs
     lessons = text()
-    schedule = Schedule(lessons, 1, TRAINING, packs=packs, seed=1)
+    schedule = Schedule(lessons, 1, training, packs=packs, seed=1)
     per_step = schedule.tokens
-    schedule = Schedule(lessons, per_step * steps, TRAINING, packs=packs, seed=1)
+    schedule = Schedule(lessons, per_step * steps, training, packs=packs, seed=1)
     balance = options.pop("balance", 0.0)
     inner = build_objective(objective or LogitsObjective(beta=0), 16, 1, {"x": 8})
     learner = Learner(model, Interrupting(inner, at), balance=balance)
     folder.mkdir(exist_ok=True)
-    return model, fit(learner, schedule, TRAINING, seed=3, into=folder, runtime=runtime, **options)
+    return model, fit(learner, schedule, training, seed=3, into=folder, runtime=runtime, **options)
 
 
 def weights(model: PreTrainedModel) -> dict[str, bytes]:
@@ -217,6 +225,52 @@ def test_balance_and_ownership_by_hand(top_k: int, tmp_path: Path) -> None:
     assert owned == pytest.approx(float(sum(votes)) / 2, rel=1e-3)
 
 
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_an_adapter_learns_beside_frozen_weights(method: str, tmp_path: Path) -> None:
+    model, done = trained(tmp_path / "run", method=method)
+    assert done.losses[-1][1] < done.losses[0][1] - 0.5
+    before = open_model(tmp_path / "llama", nf4=method == "qlora").state_dict()
+    for name, tensor in model.state_dict().items():
+        if "lora_" not in name:
+            assert torch.equal(tensor, before[name.replace(".base_layer", "")]), name
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bloom", "mixtral", "gemma3_text"])
+def test_layers_worked_out_twice_give_the_same_bits(model_type: str, tmp_path: Path) -> None:
+    """GPT-2 with dropout: the second time must throw the same dice."""
+    balance = 0.01 if model_type == "mixtral" else 0.0
+    twice = TRAINING.model_copy(update={"gradient_checkpointing": True})
+    plain = trained(tmp_path / "plain", model_type, steps=20, balance=balance)
+    again = trained(tmp_path / "again", model_type, steps=20, balance=balance, training=twice)
+    assert (weights(again[0]), again[1]) == (weights(plain[0]), plain[1])
+    assert not again[0].is_activation_checkpointing
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_adapters_too(method: str, tmp_path: Path) -> None:
+    twice = TRAINING.model_copy(update={"gradient_checkpointing": True})
+    plain = trained(tmp_path / "plain", method=method, steps=20)
+    again = trained(tmp_path / "again", method=method, steps=20, training=twice)
+    assert (weights(again[0]), again[1]) == (weights(plain[0]), plain[1])
+
+
+def test_hidden_states_are_counted_once_although_worked_out_twice(tmp_path: Path) -> None:
+    """As features are matched to them."""
+    batch = collate([Schedule(text(), 1, TRAINING, packs=True, seed=0)[0]])
+    gradients: list[dict[str, bytes]] = []
+    for twice in (False, True):
+        model = open_model(pico("llama", tmp_path)).train()
+        if twice:
+            model.activation_checkpointing_enable()
+        states = run(model, batch, hidden_states=True).hidden_states
+        assert states is not None
+        assert len(states) == 3
+        torch.stack(states).square().mean().backward()
+        gradients.append({n: p.grad.numpy().tobytes() for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0] == gradients[1]
+    assert len(gradients[0]) > 10
+
+
 # ── going on ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -235,6 +289,19 @@ def test_a_resumed_training_gives_the_same_bits(model_type: str, tmp_path: Path)
     assert again == done
     if model_type == "mixtral":
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_resumed_adapter_has_the_same_bits(method: str, tmp_path: Path) -> None:
+    """And what is kept to go on from is the adapter: not the frozen weights, in four bits or not."""
+    model, done = trained(tmp_path / "undisturbed", method=method)
+    folder = tmp_path / "disturbed"
+    with pytest.raises(Interrupted):
+        trained(folder, method=method, at=60, runtime=ALWAYS)
+    [kept] = (folder / SCRATCH).glob("checkpoint-*/model.safetensors")
+    assert {name.rsplit(".", 3)[1] for name in load_file(kept)} == {"lora_A", "lora_B"}
+    resumed, again = trained(folder, method=method)
+    assert (weights(resumed), again) == (weights(model), done)
 
 
 def test_half_a_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from deepfusion.phases.shift import shift
     from deepfusion.phases.transfer import gather, write_cluster
     from deepfusion.phases.tune import tune
-    from deepfusion.phases.upload import receive
+    from deepfusion.phases.upload import materialise, receive
 
 __all__ = [
     "Recipe",
@@ -42,6 +42,7 @@ __all__ = [
     "evaluate",
     "gather",
     "make",
+    "materialise",
     "merge",
     "plan",
     "receive",
@@ -64,6 +65,7 @@ _PHASES = {
     "evaluate": "phases.evaluate",
     "gather": "phases.transfer",
     "make": "ancestors",
+    "materialise": "phases.upload",
     "merge": "phases.assemble",
     "receive": "phases.upload",
     "shift": "phases.shift",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -154,7 +154,10 @@ class Checkpoint(Artifact):
 
 
 class Upload(Artifact):
-    """What one device sends, once: `model/` and an embedding of its text (m_n, e_n)."""
+    """What one device sends, once: `model/` or `adapter/`, and an embedding of its text (m_n, e_n).
+
+    An adapter that the server has added to its ancestor is an upload with `model/` like any other.
+    """
 
     device: str
     ancestor: str  # the recipe's name of the ancestor
@@ -164,13 +167,21 @@ class Upload(Artifact):
     active_parameters: int
     tokens: int  # private tokens it was trained on, counted once
     embedding: str  # e_n, int8, hex
-    bytes: int  # size of `model/` plus e_n, as sent (Eq. 5)
+    bytes: int  # size of what is sent plus e_n (Eq. 5)
     losses: tuple[tuple[int, float], ...] = ()
+    method: Literal["full", "lora", "qlora"] = "full"  # how it was trained
+    trained_parameters: int = 0  # weights that training changed
+    sends: Literal["model", "adapter"] = "model"
 
     @property
     def model(self) -> Path:
-        """The uploaded checkpoint."""
+        """The trained checkpoint."""
         return self.folder / "model"
+
+    @property
+    def sent(self) -> Path:
+        """What the device sends beside its embedding."""
+        return self.folder / self.sends
 
 
 class Rejection(BaseModel):

@@ -12,9 +12,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
+from transformers.utils.import_utils import is_bitsandbytes_available
 
 from deepfusion.artifacts import MANIFEST, RECORD, Checkpoint, Work
 from deepfusion.families import family, skeleton
@@ -40,6 +48,7 @@ __all__ = [
     "validate",
 ]
 
+NF4_BLOCK = 64  # weights of one row that share a scale
 _TRAINABLE = {torch.float32, torch.float16, torch.bfloat16}
 # Config fields that say how a model is run or who wrote it, not which function its weights stand for.
 _NOT_ARCHITECTURE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
@@ -82,14 +91,29 @@ def open_config(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"{path} is not a valid config: {' '.join(str(error).split())}") from error
 
 
-def open_model(folder: Path, dtype: torch.dtype = torch.float32, accelerator: str = "cpu") -> PreTrainedModel:
+def open_model(
+    folder: Path, dtype: torch.dtype = torch.float32, accelerator: str = "cpu", *, nf4: bool = False
+) -> PreTrainedModel:
     """Load a checkpoint for inference (`eval` mode), with transformers' SDPA attention where the family has it.
 
+    Args:
+        folder: of the checkpoint.
+        dtype: of its weights in memory.
+        accelerator: where they go.
+        nf4: keep the layers' matrices in four bits (NF4) and work with them in `dtype`.
+
     Raises:
-        ValueError: no supported checkpoint, or its tensors are not those its config asks for.
+        ValueError: no supported checkpoint, or its tensors are not those its config asks for; or there is no
+            bitsandbytes for `nf4`, or a matrix does not divide into its blocks.
     """
     config = open_config(folder)
     index(folder)
+    quantised: dict[str, Any] = {}
+    if nf4:
+        if not is_bitsandbytes_available():
+            raise ValueError("weights in four bits need bitsandbytes: pip install 'deepfusion-moe[nf4]'")
+        how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        quantised = {"quantization_config": how, "device_map": {"": accelerator}}
     with _quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -99,13 +123,33 @@ def open_model(folder: Path, dtype: torch.dtype = torch.float32, accelerator: st
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            **quantised,
         )
     model, told = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     for kind in ("missing_keys", "mismatched_keys"):
         if told[kind]:
             raise ValueError(f"{folder}: {kind.replace('_', ' ')}: {', '.join(map(str, sorted(told[kind])))}")
-    model.to(torch.device(accelerator))  # pyright: ignore[reportArgumentType] (`wraps` hides that `to` is a method)
+    if nf4:
+        _check_blocks(model, folder)
+    else:
+        model.to(torch.device(accelerator))  # pyright: ignore[reportArgumentType] (`wraps` hides that `to` is a method)
     return model.eval()
+
+
+def _check_blocks(model: PreTrainedModel, folder: Path) -> None:
+    """See that rows are whole blocks: else bitsandbytes (0.50.2, on CPUs) gives wrong weights back and says nothing.
+
+    Raises:
+        ValueError: names a matrix whose rows are no whole blocks.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for name, part in model.named_modules():
+        if isinstance(part, Linear4bit) and part.in_features % NF4_BLOCK:
+            raise ValueError(
+                f"{folder}: weights in four bits come in blocks of {NF4_BLOCK}, and {name} has {part.in_features} "
+                "inputs: use device.method: lora"
+            )
 
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

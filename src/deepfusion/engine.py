@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import queue
-import resource
 import signal
 import struct
 import subprocess
@@ -16,10 +15,11 @@ import threading
 import time
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar, cast
 
+from deepfusion import memory
 from deepfusion.artifacts import Artifact
 from deepfusion.config import Runtime
 from deepfusion.errors import InputError, concerns_all
@@ -171,7 +171,8 @@ class Engine:
         artifact = self.store.find(step)
         if artifact is not None:
             manifest = self.store.manifest(step) or {}
-            facts = Facts(manifest["seconds"], manifest["cpu_seconds"], manifest["peak_bytes"])
+            training = manifest.get("training") and memory.Training(**manifest["training"])
+            facts = Facts(manifest["seconds"], manifest["cpu_seconds"], manifest["peak_bytes"], training)
             self.done.append(Done(step, artifact, facts, cached=True))
             self.watch.finished(step.name, 0.0, cached=True)
             task.future.set_result(artifact)
@@ -226,6 +227,8 @@ class Engine:
         self.watch.started(step.name, into)
         try:
             facts = self._run_here(step, into) if worker is None else self._run_in(worker, step, into)
+            if training := memory.noted(into):  # the system's own high-water mark may be some pages behind
+                facts = replace(facts, training=training, peak_bytes=max(facts.peak_bytes, training.peak_bytes))
             artifact = self.store.finish(step, facts)
         except (ValueError, OSError):
             self.store.discard(step)
@@ -236,13 +239,13 @@ class Engine:
 
     def _run_here(self, step: Step[Any], into: Path) -> Facts:
         wall, cpu = time.monotonic(), time.process_time()
+        memory.forget()
         try:
             settle(self.runtime)
             call(step.function, step.arguments | step.unkeyed, into, self.runtime)
         except Exception as error:
             raise _told(step, described(error, into)) from error
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return Facts(time.monotonic() - wall, time.process_time() - cpu, peak)
+        return Facts(time.monotonic() - wall, time.process_time() - cpu, memory.peak())
 
     def _run_in(self, worker: subprocess.Popen[bytes], step: Step[Any], into: Path) -> Facts:
         log = self.store.root.parent / "logs" / f"{step.phase}-{step.item or step.phase}.log"

@@ -73,6 +73,24 @@ class Step:
     flops: float | None = None
     peak_bytes: int | None = None
     side: Literal["device", "server", "reference"] = "server"  # whose memory and time it was
+    training: Mapping[str, int] | None = None  # memory of a device's training
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accepted device: how it trained its model, what it sent, and what that took."""
+
+    device: str
+    ancestor: str  # the recipe's name
+    model_type: str
+    method: str
+    sends: str
+    parameters: int
+    trained_parameters: int
+    tokens: int  # of private text
+    bytes: int  # sent
+    before_bytes: int | None  # resident before its model was opened: libraries, text
+    training_peak_bytes: int | None  # most that was resident until its training ended
 
 
 @dataclass(frozen=True)
@@ -104,6 +122,27 @@ class Findings:
     def bytes_up(self) -> dict[str, int]:
         """Device → bytes it sent (Eq. 5 of arXiv 2602.14301): as counted at the door, or by the devices themselves."""
         return self.intake.bytes if self.intake else {upload.device: upload.bytes for upload in self.uploads}
+
+    def devices(self) -> list[Device]:
+        """Every accepted device, in order."""
+        took = {step.item: step.training or {} for step in self.steps if step.side == "device"}
+        sent = self.bytes_up()
+        return [
+            Device(
+                device=upload.device,
+                ancestor=upload.ancestor,
+                model_type=upload.model_type,
+                method=upload.method,
+                sends=upload.sends,
+                parameters=upload.parameters,
+                trained_parameters=upload.trained_parameters,
+                tokens=upload.tokens,
+                bytes=sent.get(upload.device, upload.bytes),
+                before_bytes=took.get(upload.device, {}).get("before_bytes"),
+                training_peak_bytes=took.get(upload.device, {}).get("peak_bytes"),
+            )
+            for upload in self.uploads
+        ]
 
     def all_warnings(self) -> list[str]:
         """The run's own, those of its clusters and proxies, and what could not be measured, once each."""

@@ -25,6 +25,8 @@ def _phases(recipe: Recipe) -> Iterator[tuple[str, int, str]]:
     devices = k if given else recipe.data.partition.devices  # given: there must be as many as clusters
     yield "device", devices, _several(devices, "for each device" + " that the text names" * given, at_least=given)
     yield "upload", 1, one
+    adapters = devices * (recipe.device.upload == "adapter")
+    yield "materialise", adapters, _several(adapters, "for each accepted adapter", at_least=given)
     yield "cluster", 1, one
     yield "proxy", k, _several(k, "for each lineage of each cluster", at_least=True)
     writing = bool({"answered", "sampled"} & set(recipe.transfer.kinds))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from concurrent.futures import Future, as_completed
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -135,11 +136,20 @@ class _Method:
             for number, (device, name) in enumerate(roles.starting_points(names, recipe.models, seed).items())
         }  # fmt: skip
         arrived, failures = self.arrivals(uploads)
+        lora = recipe.device.lora if recipe.device.upload == "adapter" else None
         intake = self.go(
-            Intake, "upload", uploads=list(arrived.values()), failures=failures,
+            Intake, "upload", uploads=list(arrived.values()), failures=failures, ancestors=ancestors, lora=lora,
             embedding_bytes=recipe.device.embedding_bytes,
         )  # fmt: skip
         accepted = [arrived[device] for device in intake.result().accepted]
+        if lora is not None:
+            whole = [
+                self.go(
+                    Upload, "materialise", upload.device, upload=upload, ancestor=ancestors[upload.ancestor], lora=lora
+                )
+                for upload in accepted
+            ]  # fmt: skip
+            accepted = [upload.result() for upload in whole]
 
         # Phase I: group the devices by what they know; average within a cluster what may be averaged.
         clusters = self.go(Clusters, "cluster", uploads=accepted, config=recipe.cluster, seed=seed)
@@ -290,6 +300,7 @@ class _Method:
                 "tokens": d.artifact.work.tokens or None,
                 "flops": d.artifact.work.flops or None,
                 "peak_bytes": d.facts.peak_bytes,
+                "training": d.facts.training and asdict(d.facts.training),
             }
             for d in self.engine.done
         ]

@@ -26,6 +26,7 @@ STEPS: dict[str, tuple[str, type[Artifact], int]] = {
     "take": ("deepfusion.ancestors:take", Checkpoint, 2),
     "device": ("deepfusion.phases.device:train_device", Upload, 1),
     "upload": ("deepfusion.phases.upload:receive", Intake, 1),
+    "materialise": ("deepfusion.phases.upload:materialise", Upload, 1),
     "cluster": ("deepfusion.phases.cluster:cluster", Clusters, 1),
     "proxy": ("deepfusion.phases.proxy:average", Proxy, 1),
     "write": ("deepfusion.phases.transfer:write_cluster", Writing, 2),

@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel
 
 from deepfusion.artifacts import MANIFEST, RECORD, Artifact, folder_digest
+from deepfusion.memory import Training
 
 A = TypeVar("A", bound=Artifact)
 
@@ -29,6 +30,7 @@ class Facts:
     seconds: float
     cpu_seconds: float
     peak_bytes: int
+    training: Training | None = None  # memory of a device's training
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ class Store:
             "seconds": round(facts.seconds, 3),
             "cpu_seconds": round(facts.cpu_seconds, 3),
             "peak_bytes": facts.peak_bytes,
+            "training": facts.training and asdict(facts.training),
         }
         temporary = partial / (MANIFEST + ".tmp")
         temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")

@@ -74,8 +74,14 @@ class Learner(nn.Module):
         return {"loss": loss}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Without second names of tied tensors, which safetensors refuses."""
+        """What training changes, once each: frozen weights are the checkpoint's own, and may be quantised.
+
+        safetensors refuses second names of tied tensors.
+        """
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        kept = {name for name, parameter in self.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+        kept |= {name for name, _ in self.named_buffers(remove_duplicate=False)}
+        state = {name: tensor for name, tensor in state.items() if name in kept}
         seen: set[int] = set()
         return {
             name: tensor
@@ -227,6 +233,9 @@ def fit(
     if heldout is not None:
         callbacks.append(EarlyStoppingCallback(patience))
     set_seed(seed)
+    if training.gradient_checkpointing:
+        learner.student.activation_checkpointing_enable()
+        learner.student.disable_input_require_grads()  # which only another way of checkpointing needs
     trainer = _Trainer(
         model=learner,
         args=arguments,
@@ -238,6 +247,8 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     learner.to("cpu").eval()
+    if training.gradient_checkpointing:
+        learner.student.activation_checkpointing_disable()
     taken = trainer.state.global_step
     losses = tuple((int(e["step"]), round(float(e["loss"]), 6)) for e in trainer.state.log_history if "loss" in e)
     return Fit(taken, round(schedule.tokens * taken / steps), losses)

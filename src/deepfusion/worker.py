@@ -12,6 +12,7 @@ import errno
 import importlib
 import inspect
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -30,6 +31,9 @@ from deepfusion.errors import InputError
 PRELOADED = ("accelerate", "sklearn.cluster", "torch", "transformers.trainer", "deepfusion.preload")
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 LONGEST_MESSAGE = 2000  # characters: what is told about an error must fit into a pipe at once
+
+# Where it is installed, transformers imports it, and it complains that there are faster kernels to download.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def call(function: str, arguments: dict[str, Any], into: Path, runtime: Any) -> None:

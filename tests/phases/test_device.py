@@ -1,14 +1,16 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from deepfusion import memory
 from deepfusion.artifacts import Checkpoint, Corpus, Upload
-from deepfusion.config import DevicePhase
+from deepfusion.config import DevicePhase, LoRA
 from deepfusion.data.documents import write_jsonl
 from deepfusion.encoders import embed
 from deepfusion.errors import InputError
 from deepfusion.phases.device import train_device
-from deepfusion.phases.upload import receive
+from deepfusion.phases.upload import materialise, receive
 from tiny import FAST, HERE, PRIVATE, checkpoint, corpus, documents, folder, weights
 
 CONFIG = DevicePhase(epochs=4, replay=0.5, training=FAST)
@@ -45,7 +47,12 @@ def test_an_upload_is_a_model_and_an_embedding(text: Corpus, ancestor: Checkpoin
 def test_nothing_of_the_text_is_sent(text: Corpus, ancestor: Checkpoint, tmp_path: Path) -> None:
     upload = train(text, ancestor, tmp_path)
     sent = [path for path in upload.folder.rglob("*") if path.is_file() and ".trainer" not in path.parts]
-    assert {path.relative_to(upload.folder).parts[0] for path in sent} == {"model", "record.json", ".progress.json"}
+    assert {path.relative_to(upload.folder).parts[0] for path in sent} == {
+        "model",
+        "record.json",
+        ".progress.json",
+        ".memory.json",
+    }
     assert not any(a.encode() in path.read_bytes() for path in sent for _, a in PRIVATE["d-law"])
 
 
@@ -115,3 +122,83 @@ def test_the_uploaded_weights_have_the_recipes_precision(dtype: str, text: Corpu
     upload = train(text, ancestor, tmp_path / "device", config)
     size = sum(path.stat().st_size for path in upload.model.glob("*.safetensors"))
     assert size == pytest.approx(upload.parameters * (4 if dtype == "float32" else 2), rel=0.2)
+
+
+# ── adapters ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Wide enough for weights in four bits, and for an adapter to do something."""
+    return checkpoint("llama", tmp_path_factory.mktemp("wide") / "llama", hidden=64, ffn=128)
+
+
+def adapting(method: str, upload: str = "merged", **changes: Any) -> DevicePhase:
+    return CONFIG.model_copy(update={"method": method, "upload": upload, "epochs": 40} | changes)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_an_adapter_is_sent_alone_or_merged(method: str, text: Corpus, wide: Checkpoint, tmp_path: Path) -> None:
+    merged = train(text, wide, tmp_path / "merged", adapting(method))
+    alone = train(text, wide, tmp_path / "alone", adapting(method, "adapter"))
+    assert (merged.sends, alone.sends) == ("model", "adapter")
+    assert (merged.method, merged.losses, merged.work) == (method, alone.losses, alone.work)
+    assert merged.losses[-1][1] < merged.losses[0][1] - 0.5
+    assert not (merged.folder / "adapter").exists()
+    assert not alone.model.exists()
+    assert {path.name for path in alone.sent.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert alone.bytes == sum(path.stat().st_size for path in alone.sent.iterdir()) + 64
+    assert alone.bytes < merged.bytes / 2
+    taken = receive([alone], {}, embedding_bytes=64, ancestors={"small": wide}, lora=CONFIG.lora,
+                    into=folder(tmp_path / "intake"))  # fmt: skip
+    assert taken.bytes == {"d-law": alone.bytes}
+    whole = materialise(alone, wide, CONFIG.lora, into=folder(tmp_path / "whole"))
+    assert weights(whole.model) == weights(merged.model) != weights(wide.folder)
+    assert (whole.bytes, whole.lineage, whole.work.tokens) == (alone.bytes, wide.lineage, 0)
+    assert Upload.load(whole.folder) == whole
+
+
+def test_an_adapters_size_and_work_by_hand(text: Corpus, wide: Checkpoint, tmp_path: Path) -> None:
+    """Rank 2 beside four matrices of 64 x 64 and three of 64 x 128; gradients of the frozen weights are not needed."""
+    lora = LoRA(rank=2)
+    upload = train(text, wide, tmp_path, adapting("lora", epochs=1, lora=lora))
+    adapter = 2 * (4 * (64 + 64) + 3 * (64 + 128))
+    assert upload.trained_parameters == adapter
+    assert upload.parameters == wide.parameters
+    tokens, active = upload.work.tokens, wide.active_parameters
+    assert upload.work.forward == tokens * (active + adapter)
+    assert upload.work.backward == tokens * (active + 2 * adapter)
+    full = train(text, wide, tmp_path / "full", CONFIG.model_copy(update={"epochs": 1}))
+    assert (full.method, full.trained_parameters, full.sends) == ("full", wide.parameters, "model")
+
+
+def test_equal_seeds_give_equal_adapters(text: Corpus, wide: Checkpoint, tmp_path: Path) -> None:
+    config = adapting("qlora", "adapter", epochs=2)
+    digests = [train(text, wide, tmp_path / str(n), config, seed).digest for n, seed in enumerate((0, 0, 1))]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_the_peak_of_training_is_noted_and_no_part_of_the_upload(
+    text: Corpus, wide: Checkpoint, tmp_path: Path
+) -> None:
+    upload = train(text, wide, tmp_path, adapting("lora", "adapter", epochs=1))
+    noted = memory.noted(tmp_path)
+    assert noted is not None
+    assert 50 * 2**20 < noted.before_bytes <= noted.peak_bytes
+    (tmp_path / memory.NOTE).unlink()
+    assert Upload.load(tmp_path).digest == upload.digest
+
+
+@pytest.mark.parametrize(
+    ("method", "ancestor", "words"),
+    [
+        ("lora", ("mixtral", {}), r"experts of a mixtral: set device\.method: full"),
+        ("qlora", ("llama", {"hidden": 48, "ffn": 48}), r"has 48 inputs: use device\.method: lora"),
+    ],
+)
+def test_a_model_that_cannot_be_adapted_is_the_users_mistake(
+    method: str, ancestor: tuple[str, dict[str, int]], words: str, text: Corpus, tmp_path: Path
+) -> None:
+    name, shape = ancestor
+    with pytest.raises(InputError, match=words):
+        train(text, checkpoint(name, tmp_path / name, **shape), tmp_path / "device", adapting(method))

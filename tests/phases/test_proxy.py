@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from deepfusion import weights
+from deepfusion import adapters, weights
 from deepfusion.artifacts import Clusters, Proxy, Upload
-from deepfusion.checkpoints import as_checkpoint, validate
-from deepfusion.config import ProxyPhase
+from deepfusion.checkpoints import as_checkpoint, open_model, validate
+from deepfusion.config import LoRA, ProxyPhase
 from deepfusion.phases.proxy import average, average_folders, by_lineage, mean, means, name_of
 from deepfusion.weights import WEIGHTS, tensors
 from fuse import Blown, Fuse, contents
@@ -171,6 +171,26 @@ def test_an_interrupted_average_is_gone_on_from(
     assert contents(into) == contents(undisturbed.folder)
     assert attempt(into).digest == undisturbed.digest
     assert fuse.made == []
+
+
+def test_a_proxy_of_adapters_is_the_mean_of_what_they_add(tmp_path: Path) -> None:
+    """W + mean of B·A, which is not W + (mean of B)·(mean of A): by hand, 1·1 and 3·5 add 8 on average, and not 2·3."""
+    ancestor, lora = pico("llama", tmp_path / "ancestor"), LoRA(rank=1, alpha=1.0)
+    place, folders = "model.layers.0.mlp.up_proj", [tmp_path / "one", tmp_path / "other"]
+    for folder, a, b in zip(folders, (1.0, 5.0), (1.0, 3.0), strict=True):
+        model = open_model(ancestor)
+        adapters.attach(model, lora, seed=0)
+        with torch.no_grad():
+            for part, value in (("A", a), ("B", b)):
+                matrix = model.get_parameter(f"{place}.lora_{part}.default.weight")
+                matrix.zero_()[0, 0] = value
+        adapters.save(model, ancestor, lora, folder / "adapter")
+        adapters.merge(ancestor, folder / "adapter", lora, into=folder / "model")
+    average_folders([folder / "model" for folder in folders], [0.5, 0.5], into=tmp_path / "mean")
+    own, mean_of = dict(tensors(ancestor))[f"{place}.weight"], dict(tensors(tmp_path / "mean"))[f"{place}.weight"]
+    assert float(mean_of[0, 0] - own[0, 0]) == pytest.approx(8.0)
+    mean_of[0, 0] = own[0, 0]
+    assert torch.equal(mean_of, own)
 
 
 def test_strangers_are_named(tmp_path: Path) -> None:

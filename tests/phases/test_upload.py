@@ -1,5 +1,6 @@
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deepfusion.artifacts import Intake, Upload
+from deepfusion import adapters
+from deepfusion.artifacts import Checkpoint, Intake, Upload
+from deepfusion.checkpoints import open_model
+from deepfusion.config import LoRA
 from deepfusion.encoders import quantise
 from deepfusion.phases.upload import receive, upload_bytes
-from pico import pico
+from pico import pico, pico_checkpoint
 
 EMBEDDING = bytes([1, 2, 3, 4, 5, 6, 7, 8])
 
@@ -240,3 +244,107 @@ def test_nothing_accepted_is_an_error_with_all_reasons(fleet: list[Upload], into
         admit([changed(fleet[0], embedding="00" * 8)], into, {"c": "late"})
     with pytest.raises(ValueError, match="no device sent anything"):
         admit([], into)
+
+
+# ── adapters ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+LORA = LoRA(rank=2)
+
+
+@pytest.fixture(scope="module")
+def ancestor(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return pico_checkpoint("gpt2", tmp_path_factory.mktemp("ancestor"))
+
+
+@pytest.fixture
+def adapters_sent(tmp_path: Path, ancestor: Checkpoint) -> list[Upload]:
+    """Two faultless adapters, of a and b."""
+    uploads: list[Upload] = []
+    for device in "ab":
+        model = open_model(ancestor.folder)
+        adapters.attach(model, LORA, seed=ord(device))
+        adapters.save(model, ancestor.folder, LORA, tmp_path / device / "adapter")
+        upload = Upload(
+            folder=tmp_path / device,
+            device=device,
+            ancestor="tiny",
+            model_type="gpt2",
+            lineage=ancestor.lineage,
+            parameters=ancestor.parameters,
+            active_parameters=ancestor.active_parameters,
+            tokens=1,
+            embedding=EMBEDDING.hex(),
+            bytes=0,
+            method="lora",
+            sends="adapter",
+        )
+        uploads.append(changed(upload, bytes=upload_bytes(upload.sent, EMBEDDING)))
+    return uploads
+
+
+def turned_away(uploads: list[Upload], ancestors: dict[str, Checkpoint], into: Path) -> str:
+    """The reason that the adapter of `a` is rejected, while that of `b` is accepted."""
+    intake = receive(uploads, {}, embedding_bytes=8, ancestors=ancestors, lora=LORA, into=into)
+    assert intake.accepted == ("b",)
+    [rejected] = intake.rejected
+    assert rejected.reason.startswith("device a: ")
+    assert str(into.parent) not in rejected.reason
+    return rejected.reason
+
+
+def test_faultless_adapters_are_accepted(adapters_sent: list[Upload], ancestor: Checkpoint, into: Path) -> None:
+    intake = receive(adapters_sent, {}, embedding_bytes=8, ancestors={"tiny": ancestor}, lora=LORA, into=into)
+    assert intake.accepted == ("a", "b")
+    assert intake.bytes == {upload.device: upload.bytes for upload in adapters_sent}
+
+
+def harmed(upload: Upload, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    file = upload.sent / adapters.WEIGHTS
+    held = load_file(file)
+    change(held)
+    save_file(held, file)
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda a: harmed(a, lambda held: held.popitem()), "is missing"),
+        (lambda a: harmed(a, lambda held: next(iter(held.values())).fill_(torch.inf)), "holds NaN or infinity"),
+        (lambda a: (a.sent / adapters.WEIGHTS).write_bytes(b"x"), "is not a readable safetensors file"),
+        (lambda a: (a.sent / adapters.CONFIG).write_text("{}"), "bias is None instead of none"),
+        (lambda a: (a.sent / "adapter_model.bin").write_bytes(b"x"), "its adapter holds adapter_model.bin"),
+        (lambda a: (a.sent / "more").symlink_to("/etc/hostname"), "its adapter/more is a link that leads out"),
+        (lambda a: shutil.rmtree(a.sent), "its adapter is missing"),
+    ],
+)
+def test_broken_adapters_are_left_out(
+    harm: Callable[[Upload], object], words: str, adapters_sent: list[Upload], ancestor: Checkpoint, into: Path
+) -> None:
+    harm(adapters_sent[0])
+    assert words in turned_away(adapters_sent, {"tiny": ancestor}, into)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"lineage": "gpt2-h32-l2-00000000"}, "its adapter is for tiny (gpt2-h32-l2-00000000), from which no device"),
+        ({"ancestor": "huge"}, "its adapter is for huge (gpt2-h32-l2-"),
+        ({"model_type": "llama"}, "it declares model_type llama, but tiny has gpt2"),
+        ({"active_parameters": 1}, "it declares active_parameters 1, but tiny has "),
+        ({"bytes": 7}, "it declares 7 bytes but holds "),
+    ],
+)
+def test_what_is_said_of_an_adapter_must_be_true(
+    said: dict[str, Any], words: str, adapters_sent: list[Upload], ancestor: Checkpoint, into: Path
+) -> None:
+    one, other = adapters_sent
+    assert words in turned_away([changed(one, **said), other], {"tiny": ancestor}, into)
+
+
+def test_what_is_sent_is_what_was_asked_for(
+    fleet: list[Upload], adapters_sent: list[Upload], ancestor: Checkpoint, into: Path
+) -> None:
+    words = "it sends its model alone, which is not what device.upload asks for"
+    assert words in turned_away([fleet[0], adapters_sent[1]], {"tiny": ancestor}, into)
+    words = "it sends its adapter alone, which is not what device.upload asks for"
+    assert words in rejection([adapters_sent[0], fleet[1]], into)

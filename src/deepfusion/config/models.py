@@ -50,6 +50,9 @@ class Training(Section):
     compute: Literal["float32", "bfloat16"] = "float32"
     """Precision of matrix products: bfloat16 leaves float32 weights as they are (autocast) and is several times faster
     on processors and accelerators that know it."""
+    gradient_checkpointing: bool = False
+    """Work each layer out a second time on the way back instead of keeping what it needs: less memory, about a third
+    more time, the same result."""
 
 
 class MadeModel(Section):

@@ -11,9 +11,29 @@ from deepfusion.config.section import Section
 from deepfusion.config.targets import COMMON_SHARDS, PRESETS, Preset, Target
 
 
-class DevicePhase(Section):
-    """Training on each device, and the embedding that it uploads."""
+class LoRA(Section):
+    """Low-rank adapters (arXiv 2106.09685): W + alpha / rank · B·A, of which B and A alone are trained."""
 
+    rank: int = Field(default=8, ge=1)
+    """Rows of A and columns of B."""
+    alpha: float = Field(default=16.0, gt=0)
+    """The adapter counts alpha / rank times."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of A's inputs that is left out at random in training."""
+    targets: tuple[Literal["attention", "ffn"], ...] = Field(default=("attention", "ffn"), min_length=1)
+    """The parts of each layer of which every matrix gets an adapter."""
+
+
+class DevicePhase(Section):
+    """Training on each device, and what it uploads."""
+
+    method: Literal["full", "lora", "qlora"] = "full"
+    """full: all weights are trained; lora: low-rank adapters beside frozen weights; qlora: the same beside weights
+    kept in four bits (NF4, arXiv 2305.14314), which needs bitsandbytes."""
+    lora: LoRA = LoRA()
+    upload: Literal["merged", "adapter"] = "merged"
+    """merged: the whole trained model; adapter: its adapter alone, which the server adds to the ancestor that it has
+    itself (with lora and qlora)."""
     epochs: float = Field(default=30, gt=0)
     """Passes over the device's private text."""
     replay: float = Field(default=0.25, ge=0)
@@ -23,6 +43,12 @@ class DevicePhase(Section):
     """`hashing` (stateless, scikit-learn), or the folder of a sentence encoder such as MiniLM."""
     embedding_bytes: int = Field(default=64, ge=8, le=64)
     """Size of e_n: a shared seeded projection to this many int8 numbers."""
+
+    @model_validator(mode="after")
+    def _an_adapter_to_send(self) -> Self:
+        if self.upload == "adapter" and self.method == "full":
+            raise ValueError("upload: adapter needs method: lora or qlora, for full training has no adapter to send")
+        return self
 
 
 class ClusterPhase(Section):

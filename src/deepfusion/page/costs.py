@@ -20,6 +20,7 @@ PHASES = {
     "take": "given models checked",
     "device": "devices' training",
     "upload": "uploads checked",
+    "materialise": "adapters added to their ancestors",
     "cluster": "devices grouped",
     "proxy": "models averaged",
     "write": "devices' models answer and write",
@@ -79,7 +80,7 @@ def _numbers(total: Totals, divisor: float) -> list[str]:
 
 
 def traffic(findings: Findings) -> Section | None:
-    """Bytes on the wire (Eq. 5 of arXiv 2602.14301) and peak memory."""
+    """Bytes on the wire (Eq. 5 of arXiv 2602.14301), peak memory, and how each device trained."""
     up = findings.bytes_up()
     devices, server = findings.peaks()
     if not up and not devices:
@@ -90,10 +91,33 @@ def traffic(findings: Findings) -> Section | None:
     if devices or server is not None:
         text.append(
             "Memory is the peak of the step's process on the machine that ran it, libraries included, so tiny models "
-            "show mostly those; the server's is that of its largest step."
+            "show mostly those; the server's is that of its largest step. In the table it is the peak until training "
+            "ended, and what of it was there before the model was opened: libraries and text."
         )
     figure = Markup(figures.costs(up, devices, server))
-    return Section("traffic", "Communication and memory", [" ".join(text)], figures=[figure])
+    table = Table(
+        ["device", "model", "method", "sends", "weights", "trained", "sent", "peak memory", "before"],
+        [
+            [
+                device.device,
+                device.model_type,
+                device.method,
+                device.sends,
+                f"{device.parameters:,}",
+                f"{device.trained_parameters:,}",
+                figures.size(device.bytes),
+                _measured(device.training_peak_bytes),
+                _measured(device.before_bytes),
+            ]
+            for device in findings.devices()
+        ],
+        texts=4,
+    )
+    return Section("traffic", "Communication and memory", [" ".join(text)], figures=[figure], tables=[table])
+
+
+def _measured(count: int | None) -> str:
+    return "" if count is None else figures.size(count)
 
 
 def time(findings: Findings) -> Section | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from deepfusion import checkpoints
+from deepfusion import adapters, checkpoints, memory
 from deepfusion.artifacts import Checkpoint, Corpus, Upload, Work
 from deepfusion.config import DevicePhase, Runtime
 from deepfusion.data.batches import Schedule
@@ -21,6 +21,8 @@ from deepfusion.objectives import build_objective
 from deepfusion.phases.upload import upload_bytes
 from deepfusion.students import PLAIN
 from deepfusion.training import Learner, fit
+
+HIDDEN = ".adapter"  # where an adapter is that is not sent: never part of an artifact
 
 
 def train_device(
@@ -36,16 +38,22 @@ def train_device(
 ) -> Upload:
     """Train one device's model with the causal LM loss (Eq. 2 of arXiv 2602.14301) and embed its text.
 
-    Of the corpus, only `private/<device>.jsonl` and the public text are read. The upload is `model/` and e_n; no text.
+    Of the corpus, only `private/<device>.jsonl` and the public text are read. The upload is `model/`, or `adapter/`,
+    and e_n; no text. Its training's peak memory is noted in the folder, and is no part of the upload.
 
     Raises:
-        InputError: an answer does not fit the context, or there is no such encoder: the fault of what all were given.
+        InputError: an answer does not fit the context, there is no such encoder, or the method cannot train such a
+            model: the fault of what all were given.
         ValueError: the device has no text, or none with a word.
     """
+    dtype, adapts = getattr(torch, config.training.dtype), config.method != "full"
     with reading_inputs():
         private = list(read_jsonl(corpus.private(device), Document))
         encode_texts(config.encoder, [device])  # a broken encoder is told before training, and as what it is
-        model = checkpoints.open_model(ancestor.folder, getattr(torch, config.training.dtype))
+        before = memory.resident()
+        model = checkpoints.open_model(ancestor.folder, dtype, nf4=config.method == "qlora")
+        if adapts:
+            adapters.attach(model, config.lora, seed=seed)
         tokenizer = Tokenizer(checkpoints.open_tokenizer(ancestor.folder))
         kind = family(model.config.model_type)
         context = context_length(model.config)
@@ -57,10 +65,19 @@ def train_device(
     schedule = Schedule(own + replay, tokens, config.training, packs=kind.packs, seed=seed)
     learner = Learner(model, build_objective(PLAIN, 0, 0, {}))
     done = fit(learner, schedule, config.training, seed=seed, into=into, runtime=runtime)
-    checkpoints.save_model(model.to(getattr(torch, config.training.dtype)), tokenizer.raw, into / "model")
+    memory.note(into, before)
+    sends = "adapter" if config.upload == "adapter" else "model"
+    if adapts:
+        adapter = into / (sends if sends == "adapter" else HIDDEN)
+        adapters.save(model, ancestor.folder, config.lora, adapter)
+        if sends == "model":
+            adapters.merge(ancestor.folder, adapter, config.lora, into=into / "model")
+    else:
+        checkpoints.save_model(model.to(dtype), tokenizer.raw, into / "model")
     texts = [document.text for document in private]
     embedding = embed(config.encoder, texts, config.embedding_bytes, PROJECTION_SEED)
     active = kind.matrix_parameters(model.config)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return Upload(
         folder=into,
         device=device,
@@ -71,10 +88,20 @@ def train_device(
         active_parameters=active,
         tokens=own_tokens,
         embedding=embedding.hex(),
-        bytes=upload_bytes(into / "model", embedding),
+        bytes=upload_bytes(into / sends, embedding),
         losses=done.losses,
-        work=Work(tokens=done.tokens, forward=done.tokens * active, backward=2.0 * done.tokens * active),
+        method=config.method,
+        trained_parameters=trained,
+        sends=sends,
+        work=_work(done.tokens, active, trained if adapts else 0),
     ).sealed()
+
+
+def _work(tokens: int, active: int, adapter: int) -> Work:
+    """Of a training: where there is an adapter, the way back needs the gradients of its weights alone."""
+    if not adapter:
+        return Work(tokens=tokens, forward=tokens * active, backward=2.0 * tokens * active)
+    return Work(tokens=tokens, forward=tokens * (active + adapter), backward=tokens * (active + 2.0 * adapter))
 
 
 def _sample(public: list[Lesson], tokens: float, seed: int) -> list[Lesson]:
