@@ -131,6 +131,9 @@ def open_model(
             raise ValueError(f"{folder}: {kind.replace('_', ' ')}: {', '.join(map(str, sorted(told[kind])))}")
     if nf4:
         _check_blocks(model, folder)
+        for parameter in model.parameters():  # what is left in the file's own pages would keep all of it in memory
+            if parameter.is_floating_point():  # the others were made anew
+                parameter.data = parameter.data.clone()
     else:
         model.to(torch.device(accelerator))  # pyright: ignore[reportArgumentType] (`wraps` hides that `to` is a method)
     return model.eval()
