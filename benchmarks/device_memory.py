@@ -96,7 +96,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     tokenizer = Tokenizer(checkpoints.open_tokenizer(arguments.folder))
 
     random = Random(0)
-    text = [one for fact in world(SyntheticData(), 0).facts for one in fact_documents(fact, 10, random)]
+    text = [one for fact in world(SyntheticData(kind="synthetic"), 0).facts for one in fact_documents(fact, 10, random)]
     random.shuffle(text)
 
     def schedule(documents: list[Document], tokens: float | None = None) -> Schedule:

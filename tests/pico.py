@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from deepfusion import adapters
 from deepfusion.artifacts import Checkpoint
 from deepfusion.checkpoints import (
     as_checkpoint,
@@ -19,7 +20,7 @@ from deepfusion.checkpoints import (
     open_tokenizer,
     save_model,
 )
-from deepfusion.config import AssemblePhase, MadeModel
+from deepfusion.config import AssemblePhase, LoRA, MadeModel
 from deepfusion.config.targets import KIN
 from deepfusion.families import FAMILIES, TARGETS
 from deepfusion.families.target import moe_config
@@ -73,6 +74,18 @@ def pico(model_type: str, folder: Path, seed: int = 0, **overrides: Any) -> Path
 def pico_checkpoint(model_type: str, folder: Path, seed: int = 0, **overrides: Any) -> Checkpoint:
     """`pico`, sealed as an ancestor."""
     return as_checkpoint(pico(model_type, folder, seed, **overrides))
+
+
+def adapted(ancestor: Path, lora: LoRA, **options: Any) -> PreTrainedModel:
+    """A model with an adapter that changes what it computes, as if it had been trained."""
+    model = open_model(ancestor, **options)
+    adapters.attach(model, lora, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def pad_vocabulary(folder: Path, extra: int = 8, scale: float = 1000.0) -> Path:

@@ -12,27 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deepfusion import adapters, memory
-from deepfusion.checkpoints import open_config, open_model, parameters
-from deepfusion.checkpoints import validate as validate_checkpoint
+from deepfusion.checkpoints import open_config, open_model
 from deepfusion.config import LoRA
-from deepfusion.families import family, skeleton
+from deepfusion.families import skeleton
 from deepfusion.weights import Part, stored, tensors, write
-from pico import DENSE, pico
+from pico import adapted, pico
 
 SMALL = LoRA(rank=3, alpha=6.0)
 IDS = torch.tensor([[0, 40, 41, 42, 43, 44, 45]])
-
-
-def adapted(ancestor: Path, lora: LoRA = SMALL, **options: Any) -> PreTrainedModel:
-    """A model with an adapter that changes what it computes."""
-    model = open_model(ancestor, **options)
-    adapters.attach(model, lora, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def logits(model: PreTrainedModel) -> Tensor:
@@ -45,31 +32,6 @@ def same(one: Tensor, other: Tensor) -> None:
 
 
 # ── attached ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.contracts
-@pytest.mark.parametrize("name", DENSE)
-def test_every_family_is_adapted_and_merged(name: str, tmp_path: Path) -> None:
-    ancestor = pico(name, tmp_path / "ancestor")
-    plain, model = open_model(ancestor), open_model(ancestor)
-    adapters.attach(model, SMALL, seed=0)
-    torch.testing.assert_close(logits(model), logits(plain), rtol=0, atol=0)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    matrices = [
-        tensor
-        for tensor_name, tensor in plain.state_dict().items()
-        if tensor.ndim == 2 and family(name).role(tensor_name) in ("attention", "ffn")
-    ]
-    assert len(trained) == 2 * len(matrices)
-    assert sum(p.numel() for p in trained.values()) == sum(SMALL.rank * sum(tensor.shape) for tensor in matrices)
-    model = adapted(ancestor)
-    assert (logits(model) - logits(plain)).abs().max() > 1e-2
-    adapters.save(model, ancestor, SMALL, tmp_path / "adapter")
-    adapters.validate(tmp_path / "adapter", ancestor, SMALL)
-    adapters.merge(ancestor, tmp_path / "adapter", SMALL, into=tmp_path / "merged")
-    validate_checkpoint(tmp_path / "merged")
-    same(logits(open_model(tmp_path / "merged")), logits(model))
-    assert parameters(tmp_path / "merged") == parameters(ancestor)
 
 
 def test_only_the_parts_that_are_asked_for(tmp_path: Path) -> None:
@@ -86,7 +48,7 @@ def test_only_the_parts_that_are_asked_for(tmp_path: Path) -> None:
 
 
 def test_adapters_are_float32_beside_bfloat16(tmp_path: Path) -> None:
-    model = adapted(pico("llama", tmp_path), dtype=torch.bfloat16)
+    model = adapted(pico("llama", tmp_path), SMALL, dtype=torch.bfloat16)
     dtypes = {parameter.requires_grad: parameter.dtype for parameter in model.parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
     assert logits(model).dtype == torch.bfloat16
@@ -106,11 +68,6 @@ def test_the_seed_alone_decides_the_beginning(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_experts_are_no_matrices(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"experts of a mixtral: set device\.method: full"):
-        adapters.sites(skeleton(open_config(pico("mixtral", tmp_path))), SMALL)
-
-
 # ── four bits ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -120,7 +77,7 @@ def test_gradients_in_four_bits_are_those_of_the_dequantised_model(name: str, tm
     from bitsandbytes.nn import Linear4bit
 
     ancestor = pico(name, tmp_path, hidden=64, ffn=128)
-    quantised, plain = adapted(ancestor, nf4=True).train(), adapted(ancestor).train()
+    quantised, plain = adapted(ancestor, SMALL, nf4=True).train(), adapted(ancestor, SMALL).train()
     replaced = 0
     for place, part in quantised.named_modules():
         if isinstance(part, Linear4bit):
@@ -174,7 +131,7 @@ def test_without_bitsandbytes_it_is_said_how_to_get_it(tmp_path: Path, monkeypat
 def made(tmp_path: Path) -> tuple[Path, Path]:
     """An ancestor and an adapter of it."""
     ancestor = pico("gpt2", tmp_path / "ancestor")
-    adapters.save(adapted(ancestor), ancestor, SMALL, tmp_path / "adapter")
+    adapters.save(adapted(ancestor, SMALL), ancestor, SMALL, tmp_path / "adapter")
     return ancestor, tmp_path / "adapter"
 
 
@@ -182,7 +139,7 @@ def made(tmp_path: Path) -> tuple[Path, Path]:
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks by an old name
 def test_peft_reads_an_adapter_and_merges_to_the_same(name: str, tmp_path: Path) -> None:
     ancestor = pico(name, tmp_path / "ancestor")
-    adapters.save(adapted(ancestor), ancestor, SMALL, tmp_path / "adapter")
+    adapters.save(adapted(ancestor, SMALL), ancestor, SMALL, tmp_path / "adapter")
     adapters.merge(ancestor, tmp_path / "adapter", SMALL, into=tmp_path / "merged")
     theirs: Any = PeftModel.from_pretrained(open_model(ancestor), tmp_path / "adapter")
     merged = theirs.merge_and_unload().state_dict()
@@ -215,7 +172,7 @@ def test_a_merged_weight_by_hand(name: str, tmp_path: Path) -> None:
 def test_equal_adapters_have_equal_bytes_and_no_paths(made: tuple[Path, Path], tmp_path: Path) -> None:
     ancestor, adapter = made
     shutil.copytree(ancestor, tmp_path / "elsewhere")
-    adapters.save(adapted(tmp_path / "elsewhere"), tmp_path / "elsewhere", SMALL, tmp_path / "again")
+    adapters.save(adapted(tmp_path / "elsewhere", SMALL), tmp_path / "elsewhere", SMALL, tmp_path / "again")
     for name in (adapters.CONFIG, adapters.WEIGHTS):
         assert (adapter / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
         assert str(tmp_path).encode() not in (adapter / name).read_bytes()
@@ -268,7 +225,7 @@ def test_a_merge_goes_on_from_what_is_whole(made: tuple[Path, Path], tmp_path: P
 
 def test_merging_holds_no_model(tmp_path: Path) -> None:
     ancestor = pico("llama", tmp_path / "ancestor", hidden=512, ffn=4096, layers=3)
-    adapters.save(adapted(ancestor), ancestor, SMALL, tmp_path / "adapter")
+    adapters.save(adapted(ancestor, SMALL), ancestor, SMALL, tmp_path / "adapter")
     size = (ancestor / "model.safetensors").stat().st_size
     assert size > 80 * 2**20
     memory.forget()
