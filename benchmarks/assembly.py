@@ -237,11 +237,11 @@ def report(layers: int, found: dict[str, dict[str, Any]]) -> str:
         "",
         f"{machine()} Versions: python {sys.version.split()[0]}, {versions}. Commit {commit()}.",
         "",
-        f"{CLUSTERS} students of Qwen1.5-1.8B's shape with {layers} layers (bfloat16, hard links of one file) become an MoE of the "
-        f"preset `{PRESET}`: {shape['parameters'] / 1e9:.2f} billion parameters, {shape['active'] / 1e9:.2f} active. "
-        f"{PROXIES} models of that shape, of different weights, are averaged. Every line is a process of its own; before it, "
-        "what it reads is dropped from the page cache; its time ends when what it wrote is synced to disk. Copying is reading and "
-        "writing 16 MiB at a time.",
+        f"{CLUSTERS} students of Qwen1.5-1.8B's shape with {layers} layers (bfloat16, hard links of one file) become an"
+        f" MoE of the preset `{PRESET}`: {shape['parameters'] / 1e9:.2f} billion parameters, of which "
+        f"{shape['active'] / 1e9:.2f} active. {PROXIES} models of that shape, of different weights, are averaged. "
+        "Every line is a process of its own; before it, what it reads is dropped from the page cache; its time ends "
+        "when what it wrote is synced to disk. Copying is reading and writing 16 MiB at a time.",
         "",
         "| | GB written | seconds | MB/s | processor, seconds | peak memory, GiB |",
         "|---|---:|---:|---:|---:|---:|",
@@ -263,7 +263,8 @@ def report(layers: int, found: dict[str, dict[str, Any]]) -> str:
         lines.append(f"Throughput of `{done}` relative to `{copied}`: **{ratio:.2f}**.")
     lines += [
         "",
-        "`seal` is the SHA-256 over all files that makes the result an artifact, and reads them once. A run takes it twice.",
+        "`seal` is the SHA-256 over all files that makes the result an artifact, and reads them once. A run takes it "
+        "twice.",
         "",
     ]
     return "\n".join(lines)

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from deepfusion.checkpoints import copy_description, open_config
 from deepfusion.config import LoRA
 from deepfusion.families import family, skeleton
-from deepfusion.weights import Part, Stored, stored, write
+from deepfusion.weights import Part, Stored, blocks, stored, write
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # peft's, before the name of a module
@@ -169,12 +169,12 @@ def merge(ancestor: Path, adapter: Path, lora: LoRA, *, into: Path, resume: bool
 
 
 def _copied(one: Stored, dtype: torch.dtype) -> Iterator[Tensor]:
-    for rows in one.blocks():
-        yield one.read(rows).to(dtype)
+    for block in one.through():
+        yield block.to(dtype)
 
 
 def _added(one: Stored, left: Tensor, right: Tensor) -> Iterator[Tensor]:
-    for rows in one.blocks():
+    for rows in blocks(one.shape):
         delta = (left if rows is None else left[rows]) @ right
         yield delta.add_(one.read(rows))
 

@@ -145,7 +145,7 @@ def _check_blocks(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         ValueError: names a matrix whose rows are no whole blocks.
     """
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     for name, part in model.named_modules():
         if isinstance(part, Linear4bit) and part.in_features % NF4_BLOCK:
