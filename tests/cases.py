@@ -138,7 +138,7 @@ CASES: dict[str, Case] = {
     ),
     "qwen3_moe": Case("qwen3_moe", matrices=TWO_OF_FOUR, roles=ROUTES),
     "qwen3_moe, wide heads": Case(
-        "qwen3_moe", {"head_dim": 16, "norm_topk_prob": False, **UNTIED}, TWO_OF_FOUR + 2 * ATTENTION, ROUTES
+        "qwen3_moe", {"head_dim": 16, "norm_topk_prob": False}, TWO_OF_FOUR + 2 * ATTENTION, ROUTES
     ),
     "flex_olmo": Case("flex_olmo", matrices=TWO_OF_FOUR, roles=ROUTES),
     "flex_olmo, published": Case("flex_olmo", {"norm_topk_prob": False, **UNTIED}, TWO_OF_FOUR, ROUTES),

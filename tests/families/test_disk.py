@@ -48,6 +48,11 @@ def says(folder: Path, dtype: torch.dtype = torch.float32) -> Tensor:
     return open_model(folder, dtype)(torch.tensor([TEXT])).logits[0]
 
 
+def assert_same(one: Tensor, other: Tensor) -> None:
+    """But for the last bits: where a tensor begins in a file can decide in which order its sums are taken."""
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
 def test_a_checkpoint_survives_disk(made: Made, tmp_path: Path) -> None:
     validate(made.folder)
     assert not made.model.training
@@ -85,7 +90,7 @@ def test_published_names_are_known(made: Made, tmp_path: Path) -> None:
     folder = other(made, tmp_path / "plain", change | {layer + name: torch.ones(4) for name in tables})
     validate(folder)
     assert {made.family.role(name) for name in shapes(folder)} == {made.family.role(name) for name in held}
-    assert torch.equal(says(folder), made.logits(TEXT))
+    assert_same(says(folder), made.logits(TEXT))
 
 
 def test_heads_may_be_tied_or_not(made: Made, tmp_path: Path) -> None:
@@ -110,9 +115,9 @@ def test_weights_may_lie_in_several_files(made: Made, tmp_path: Path) -> None:
     validate(tmp_path / "cut")
     cut = as_checkpoint(tmp_path / "cut")
     assert cut.model_copy(update={"folder": whole.folder, "digest": whole.digest}) == whole
-    assert torch.equal(says(cut.folder), made.logits(TEXT))
+    assert_same(says(cut.folder), made.logits(TEXT))
     assert average_folders([cut.folder, whole.folder], [1.0, 1.0], into=tmp_path / "mean") == 0
-    assert torch.equal(says(tmp_path / "mean"), made.logits(TEXT))
+    assert_same(says(tmp_path / "mean"), made.logits(TEXT))
 
 
 def test_lineage_is_of_shape_and_weights(made: Made, tmp_path: Path) -> None:
@@ -141,7 +146,7 @@ def test_half_precision_is_read_and_kept(dtype: torch.dtype, made: Made, tmp_pat
     folder = other(made, tmp_path / "half", halves)
     validate(folder)
     wide = other(made, tmp_path / "wide", {name: tensor.float() for name, tensor in halves.items()})
-    assert torch.equal(says(folder), says(wide))
+    assert_same(says(folder), says(wide))
     roughly = says(folder, dtype)
     assert roughly.dtype == dtype
     assert (roughly.float() - says(wide)).abs().mean() < 0.1
