@@ -189,6 +189,42 @@ def test_what_is_no_yaml_is_told_with_its_place(content: str, message: str, tmp_
     assert "unicode string" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("name: a\nseed: 1\nseed: 2\n", "line 3, column 1 is not YAML: key 'seed' stands in line 2 already: "),
+        ("cluster: {k: 2, mode: by_type, k: 4}\n", "line 1, column 32 is not YAML: key 'k' stands in line 1 already: "),
+        ("a: {x: 1}\nb:\n  x: 1\n  'x': 2\n", "line 4, column 3 is not YAML: key 'x' stands in line 3 already: "),
+    ],
+)
+def test_a_key_that_stands_twice_is_named(content: str, message: str, tmp_path: Path) -> None:
+    """Of which the last would otherwise count, and the first be read by people."""
+    (tmp_path / "r.yaml").write_text(content)
+    with pytest.raises(InputError) as raised:
+        Recipe.load(tmp_path / "r.yaml")
+    assert str(raised.value) == f"{tmp_path / 'r.yaml'}, {message}keep one of the two"
+
+
+def test_what_a_merge_brings_may_be_said_anew(there: Path) -> None:
+    repeated = "device: {training: &all {rows: 3, clip: 2}}\ndistill: {training: {<<: *all, rows: 5}}\n"
+    (there / "recipes" / "plain.yaml").write_text(PLAIN + repeated)
+    recipe = Recipe.load("recipes/plain.yaml")
+    assert (recipe.distill.training.rows, recipe.distill.training.clip) == (5, 2)
+
+
+def test_a_setting_with_a_key_twice_is_named(there: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"--set cluster: '{k: 1, k: 2}' is not a YAML value: key 'k' stands in line 1"
+    ):
+        Recipe.load("recipes/plain.yaml", ["cluster={k: 1, k: 2}"])
+
+
+def test_a_recipe_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes(b"name: caf\xe9\n")
+    with pytest.raises(InputError, match=r"r\.yaml is not UTF-8 \(byte 9\): save the file as UTF-8"):
+        Recipe.load(tmp_path / "r.yaml")
+
+
 @pytest.mark.parametrize("content", ["", "- a\n", "word\n"])
 def test_a_recipe_is_a_mapping(content: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(content)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -27,3 +29,32 @@ def reading_inputs() -> Generator[None]:
         raise
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def read_file(path: Path, kind: str = "") -> bytes:
+    """The content of a file that somebody named, without a byte order mark; `kind` says what it is to them.
+
+    Raises:
+        InputError: it is not there, or cannot be read.
+    """
+    called = f"{kind} {path}".strip()
+    try:
+        return path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except FileNotFoundError:
+        raise InputError(f"{called} does not exist") from None
+    except IsADirectoryError:
+        raise InputError(f"{called} is a folder, not a file") from None
+    except OSError as error:
+        raise InputError(f"{called} cannot be read: {error.strerror}") from None
+
+
+def as_text(content: bytes, origin: str) -> str:
+    """Bytes as text; `origin` says where they stand.
+
+    Raises:
+        InputError: they are not UTF-8.
+    """
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{origin} is not UTF-8 (byte {error.start}): save the file as UTF-8") from None

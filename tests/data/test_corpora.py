@@ -188,7 +188,7 @@ def test_unusable_rows_are_named(tmp_path: Path, bad: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("none.jsonl", None, "none.jsonl cannot be read: No such file"),
+        ("none.jsonl", None, "none.jsonl does not exist"),
         ("empty.jsonl", b" \n", "empty.jsonl is empty"),
         ("latin.jsonl", b'{}\n{"question": "\xe9"}\n', "latin.jsonl, line 1 has no 'split'"),
         ("latin.txt", b"fine\n\xe9t\xe9\n", r"latin.txt, line 2 is not UTF-8 \(byte 0\)"),

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import yaml
 
-from deepfusion.errors import InputError
+from deepfusion.errors import InputError, as_text, read_file
 
 Tree = dict[str, Any]
 # Where a recipe names files and folders; `*` is any key or place in a list.
@@ -42,20 +42,11 @@ def read(path: Path) -> Tree:
     """Read a YAML file.
 
     Raises:
-        InputError: there is none, or it is no mapping; names file, line and column.
+        InputError: there is none, it is no mapping, or a key stands twice in one; names file, line and column.
     """
+    text = as_text(read_file(path, "recipe"), str(path))
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"recipe {path} does not exist") from None
-    except IsADirectoryError:
-        raise InputError(f"recipe {path} is a folder, not a file") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
-    except OSError as error:
-        raise InputError(f"recipe {path} cannot be read: {error.strerror}") from None
-    try:
-        tree = yaml.safe_load(text)
+        tree = _loaded(text)
     except yaml.YAMLError as error:
         raise InputError(f"{path}, {_place(error, text)} is not YAML: {_problem(error)}") from None
     if not isinstance(tree, dict):
@@ -83,7 +74,7 @@ def override(tree: Tree, setting: str) -> None:
         if not isinstance(node, dict | list):
             raise InputError(f"--set {key}: {here} is {node!r}, which has no keys")
     try:
-        node[_at(node, last, key)] = yaml.safe_load(value)
+        node[_at(node, last, key)] = _loaded(value)
     except yaml.YAMLError as error:
         raise InputError(f"--set {key}: {value!r} is not a YAML value: {_problem(error)}") from None
 
@@ -136,6 +127,29 @@ def _at(node: Any, part: str, here: str) -> Any:
     if not part.isdecimal() or int(part) >= len(node):
         raise InputError(f"--set {here}: the list has {len(node)} entries, counted from 0, and none is {part!r}")
     return int(part)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's own rule, which PyYAML does not keep: a key stands once in a mapping."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # where what `<<` merges in is not yet there
+        node = super().compose_mapping_node(anchor)
+        seen: dict[Any, yaml.Node] = {}
+        for key, _ in node.value:
+            first = seen.setdefault((key.tag, key.value), key) if isinstance(key, yaml.ScalarNode) else key
+            if first is not key:
+                told = f"key {key.value!r} stands in line {first.start_mark.line + 1} already: keep one of the two"
+                raise yaml.composer.ComposerError(None, None, told, key.start_mark)
+        return node
+
+
+def _loaded(text: str) -> Any:
+    """What YAML stands for.
+
+    Raises:
+        yaml.YAMLError: it is none.
+    """
+    return yaml.load(text, _Loader)
 
 
 def _place(error: yaml.YAMLError, text: str) -> str:

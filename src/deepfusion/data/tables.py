@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deepfusion.config import TextSource
-from deepfusion.errors import InputError
+from deepfusion.errors import InputError, as_text, read_file
 
 PARAGRAPH_BYTES = 1000
 
@@ -32,18 +32,12 @@ def read_table(source: TextSource) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    content = read_file(path)
     if not content.strip():
         raise InputError(f"{path} is empty")
     for number, line in enumerate(content.splitlines(), 1):
         origin = f"{path}, line {number}"
-        try:
-            yield origin, line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise InputError(f"{origin} is not UTF-8 (byte {error.start}): save the file as UTF-8") from None
+        yield origin, as_text(line, origin).strip()
 
 
 def _objects(path: Path, lines: Iterable[tuple[str, str]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
