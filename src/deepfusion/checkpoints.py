@@ -55,7 +55,7 @@ _NOT_ARCHITECTURE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "
 
 
 @contextmanager
-def _quiet() -> Generator[None]:
+def quiet() -> Generator[None]:
     """Keep transformers from drawing bars and chatting while it reads or writes a folder; errors are raised as ever."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -85,7 +85,7 @@ def open_config(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"{path} is not a JSON object")
     family(str(fields.get("model_type")), folder)
     try:
-        with _quiet():
+        with quiet():
             return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the fields come from elsewhere, and transformers raises many kinds of error over them
         raise ValueError(f"{path} is not a valid config: {' '.join(str(error).split())}") from error
@@ -114,7 +114,7 @@ def open_model(
             raise ValueError("weights in four bits need bitsandbytes: pip install 'deepfusion-moe[nf4]'")
         how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
         quantised = {"quantization_config": how, "device_map": {"": accelerator}}
-    with _quiet():
+    with quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -167,14 +167,12 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{folder} has no tokenizer.json")
     try:
-        with _quiet():
+        with quiet():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare exceptions over broken files
         raise ValueError(f"{folder} has no usable tokenizer: {' '.join(str(error).split())}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {folder} has no end token (eos_token in tokenizer_config.json)")
-    for key in ("is_local", "local_files_only"):  # how it was opened, not what it is
-        tokenizer.init_kwargs.pop(key, None)
     return tokenizer
 
 
@@ -183,7 +181,9 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folde
     # What the last call padded or cut to would otherwise be saved.
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
-    with _quiet():
+    for key in ("is_local", "local_files_only"):  # how it was opened, not what it is
+        tokenizer.init_kwargs.pop(key, None)
+    with quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
