@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from deepfusion import cli, pipeline
+from deepfusion import cli, doctor, pipeline
 from deepfusion.artifacts import Report
 from deepfusion.config import Recipe, Runtime
+from deepfusion.doctor.diagnosis import Check, Cost, Diagnosis, Machine
 from deepfusion.planner import PlannedStep
+from ggufs import write_gguf
 from pico import pico
 
 RECIPE = """
@@ -54,6 +56,7 @@ RESULTS = {
     },
 }
 
+COMMANDS = ["demo", "run", "plan", "doctor", "show", "inspect", "evaluate", "generate", "import-gguf"]
 Invoke = Callable[..., Result]
 Called = tuple[Recipe, Path, Runtime]
 
@@ -226,6 +229,47 @@ def test_plan(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [Path("runs/tiny"), Path("x")]
 
 
+@pytest.mark.parametrize(("state", "status"), [("ok", 0), ("warning", 0), ("problem", 2)])
+def test_doctor(state: Any, status: int, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = (
+        Check("text", "data", "ok", "3 documents"),
+        Check("models", "models.base", state, "too [large]", "mend it"),
+    )
+    costs = (Cost("joint", 1, 10, 60, None, None, 5e8, 1e6),)
+    found = Diagnosis("tiny", checks, costs, Machine(2, "cpu", (), 10, 10), None)
+    asked: list[Any] = []
+    monkeypatch.setattr(doctor, "examine", lambda *of, **how: asked.append((of, how)) or found)
+    result = invoke("doctor", "tiny.yaml", "--set", "seed=3", "--workers", "0", "--threads", "2", "--no-timing")
+    assert result.exit_code == status, result.output
+    assert "too [large]" in result.stdout
+    assert "joint" in result.stdout
+    [((recipe, out, runtime), how)] = asked
+    assert (recipe.seed, out, runtime, how) == (3, Path("runs/tiny"), Runtime(workers=0, threads=2), {"timed": False})
+    result = invoke("doctor", "tiny.yaml", "--json", "--out", "x")
+    document = json.loads(result.stdout)
+    assert (document["state"], document["checks"][1]["advice"], result.exit_code) == (state, "mend it", status)
+    assert (asked[1][0][1], asked[1][1]) == (Path("x"), {"timed": True})
+
+
+def test_doctor_tells_a_wrong_recipe_as_run_does(invoke: Invoke) -> None:
+    result = invoke("doctor", "tiny.yaml", "--set", "cluster.kk=2")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "unknown key 'cluster.kk'" in result.stderr
+
+
+def test_import_gguf(invoke: Invoke, tmp_path: Path) -> None:
+    write_gguf(pico("llama", tmp_path / "m"), tmp_path / "m.gguf", pre="odd")
+    result = invoke("import-gguf", "m.gguf", "out")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "out  llama, 30,880 parameters\n"
+    assert result.stderr.startswith("note: the file's tokenizer cuts words by the pattern 'odd'")
+    again = invoke("import-gguf", "m.gguf", "out")
+    assert (again.exit_code, again.stdout) == (2, "")
+    assert again.stderr == "deepfusion: error: out is there already: give another folder, or --force to replace it\n"
+    told = json.loads(invoke("import-gguf", "m.gguf", "out", "--force", "--dtype", "float32", "--json").stdout)
+    assert (told["folder"], told["model_type"], told["quantised"]) == ("out", "llama", ["F32"])
+
+
 def test_show(invoke: Invoke, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
     lines = [line.split() for line in invoke("show", ".").stdout.splitlines()]
@@ -288,7 +332,7 @@ def test_a_folder_that_is_no_checkpoint(invoke: Invoke, command: list[str]) -> N
     )
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "plan", "show", "inspect", "evaluate", "generate"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_help_has_an_example(invoke: Invoke, command: str) -> None:
     assert f"Example: deepfusion {command}" in invoke(command, "--help").stdout
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from deepfusion.display import POLL_SECONDS, Display, amount, duration, read_progress
+from deepfusion.display import POLL_SECONDS, Display, amount, duration, read_progress, size
 from deepfusion.progress import PROGRESS, Ticker
 
 
@@ -65,6 +65,11 @@ def test_duration(seconds: float, text: str) -> None:
 )
 def test_amount(value: float, text: str) -> None:
     assert amount(value) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (950, "950 B"), (1234, "1.23 kB"), (7.5e9, "7.5 GB")])
+def test_size(count: float, text: str) -> None:
+    assert size(count) == text
 
 
 def shown(*, terminal: bool, quiet: bool = False, folder: Path) -> str:

@@ -21,7 +21,7 @@ LAYERS = (
     ("engine", "worker", "preload", "steps"),
     ("planner", "outlook", "references"),
     ("pipeline", "inference"),
-    ("cli", "display", "summary", "reference", "__init__"),
+    ("cli", "display", "summary", "reference", "doctor", "import_gguf", "__init__"),
 )
 LIGHT = ("deepfusion", "deepfusion.cli", "deepfusion.config", "deepfusion.artifacts", "deepfusion.store")
 HEAVY = {"torch", "transformers", "datasets", "sklearn", "matplotlib", "accelerate"}

@@ -68,6 +68,14 @@ class Accelerator(StrEnum):
     mps = "mps"
 
 
+class Precision(StrEnum):
+    """How many bits a weight has."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of an embedded recipe.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")]
 ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint folder, such as runs/demo/moe.")]
@@ -182,10 +190,13 @@ def run(
 
     Example: `deepfusion run recipes/demo.yaml --set cluster.k=8 --set seed=1 --out runs/eight`
     """
-    runtime = Runtime(threads=threads, accelerator=accelerator.value, checkpoint_seconds=checkpoint_seconds)
-    if workers is not None:
-        runtime = runtime.model_copy(update={"workers": workers})
+    runtime = _runtime(workers, threads, accelerator).model_copy(update={"checkpoint_seconds": checkpoint_seconds})
     _run(Recipe.load(recipe, overrides or ()), folder, runtime, quiet, as_json)
+
+
+def _runtime(workers: int | None, threads: int, accelerator: Accelerator) -> Runtime:
+    runtime = Runtime(threads=threads, accelerator=accelerator.value)
+    return runtime if workers is None else runtime.model_copy(update={"workers": workers})
 
 
 def _run(recipe: Recipe, folder: Path | None, runtime: Runtime, quiet: bool, as_json: bool) -> None:
@@ -217,6 +228,65 @@ def plan(recipe: RecipeName, overrides: Overrides = None, folder: Out = None, as
         _emit([asdict(step) for step in steps])
     else:
         STDOUT.print(*summary.plan(steps), sep="\n")
+
+
+@_command
+def doctor(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    folder: Out = None,
+    workers: Workers = None,
+    threads: Threads = 1,
+    accelerator: OnAccelerator = Accelerator.cpu,
+    no_timing: Annotated[bool, typer.Option("--no-timing", help="Do not measure how fast this machine is.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Look at text, models, tokenizers and machine before anything runs, and estimate what each phase will cost.
+
+    Trains nothing. Ends with status 2 if there is a problem that would stop the run, and 0 otherwise.
+
+    Example: `deepfusion doctor recipes/demo.yaml --workers 4`
+    """
+    from deepfusion.doctor import examine, tables
+
+    chosen = Recipe.load(recipe, overrides or ())
+    runtime = _runtime(workers, threads, accelerator)
+    with STDERR.status("looking at text, models and machine"):
+        found = examine(chosen, folder or Path("runs") / chosen.name, runtime, timed=not no_timing)
+    if as_json:
+        _emit({"state": found.state, **asdict(found)})
+    else:
+        for part in tables.tables(found, runtime.workers):
+            STDOUT.print(part)
+    if found.state == "problem":
+        raise typer.Exit(2)
+
+
+@_command
+def import_gguf(
+    file: Annotated[Path, typer.Argument(metavar="FILE.gguf", help="A model as llama.cpp keeps it.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint folder to make.")],
+    dtype: Annotated[Precision, typer.Option("--dtype", help="Precision of the weights.")] = Precision.bfloat16,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Convert a GGUF file to a checkpoint folder that `models.base.path` or an ancestor's `path` can name.
+
+    Quantised weights are unpacked. Needs the package gguf: `pip install 'deepfusion-moe[gguf]'`.
+
+    Example: `deepfusion import-gguf SmolLM2-135M-Instruct-Q8_0.gguf models/smollm2-135m`
+    """
+    from deepfusion import import_gguf as importing
+
+    with STDERR.status(f"converting {file.name}"):
+        made = importing.import_gguf(file, folder, dtype.value, force=force)
+    for note in made.notes:
+        STDERR.print(f"note: {note}", markup=False, soft_wrap=True)
+    if as_json:
+        _emit({**asdict(made), "folder": str(made.folder)})
+    elif not quiet:
+        STDOUT.print(f"{made.folder}  {made.model_type}, {made.parameters:,} parameters", markup=False, soft_wrap=True)
 
 
 @_command

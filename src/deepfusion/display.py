@@ -64,6 +64,12 @@ def amount(value: float) -> str:
     return f"{value:.3g} E"
 
 
+def size(count: float) -> str:
+    """Bytes as people read them: `950 B`, `1.23 kB`, `45.6 MB`."""
+    number = amount(count)
+    return f"{number}B" if " " in number else f"{number} B"
+
+
 class Display:
     """Watches an engine and draws what it does; a context manager. `quiet` shows nothing: errors are the caller's."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
+from yaml.composer import ComposerError
 
 from deepfusion.errors import InputError, as_text, read_file
 
@@ -139,7 +140,7 @@ class _Loader(yaml.SafeLoader):
             first = seen.setdefault((key.tag, key.value), key) if isinstance(key, yaml.ScalarNode) else key
             if first is not key:
                 told = f"key {key.value!r} stands in line {first.start_mark.line + 1} already: keep one of the two"
-                raise yaml.composer.ComposerError(None, None, told, key.start_mark)
+                raise ComposerError(None, None, told, key.start_mark)
         return node
 
 

@@ -1,0 +1,142 @@
+"""The doctor: looks at a recipe's text, models and machine before anything is trained, and says what a run will cost.
+
+`text` reads what the data step would read, `models` opens what would be taken, `lengths` and `tokenizers` bring the
+two together; `work` says what each phase has to do, `memory`, `timing` and `costs` what that takes, `machine` what
+there is.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from deepfusion import encoders, pipeline
+from deepfusion.config import Recipe, Runtime
+from deepfusion.data.tokens import Tokenizer
+from deepfusion.doctor import costs, lengths, machine, models, text, timing, tokenizers
+from deepfusion.doctor.diagnosis import Check, Cost, Diagnosis, Machine
+from deepfusion.doctor.memory import peak
+from deepfusion.doctor.models import BASE, Start
+from deepfusion.doctor.text import Reading
+from deepfusion.doctor.timing import Rates
+from deepfusion.doctor.work import Task, Workload, size_of
+from deepfusion.inputs import missing
+
+__all__ = ["Check", "Cost", "Diagnosis", "Machine", "examine"]
+
+FEW_STEPS = 20  # of the optimiser, below which a training does next to nothing
+SAVED = 3  # times its weights that a training saves to go on from: they, and two averages of their gradients
+
+
+def examine(recipe: Recipe, out: Path, runtime: Runtime, *, timed: bool = True) -> Diagnosis:
+    """Look at everything that a run of `recipe` in `out` would use; nothing is trained, and nothing written there.
+
+    Args:
+        recipe: what would be run.
+        out: where.
+        runtime: how.
+        timed: measure for some seconds how long this machine takes, with models of the run's shapes.
+    """
+    here = machine.look(out, runtime)
+    with TemporaryDirectory() as scratch:
+        found, tasks = _inputs(recipe, Path(scratch))
+    found += machine.checks(here, runtime)
+    rates: Rates | None = None
+    if tasks:
+        rates = timing.measure(tasks, recipe, runtime) if timed and machine.available(runtime) else None
+        found += _trainings(tasks)
+        found += _room(recipe, tasks, here, runtime)
+        found += _done(recipe, out)
+    return Diagnosis(
+        recipe=recipe.name,
+        checks=tuple(found),
+        costs=tuple(costs.phases(recipe, tasks, rates)),
+        machine=here,
+        seconds=costs.duration(tasks, rates, runtime) if rates else None,
+    )
+
+
+def _inputs(recipe: Recipe, scratch: Path) -> tuple[list[Check], list[Task]]:
+    """What is to be said of text and models, and what a run would do; nothing where one of them cannot be used."""
+    gone = dict(missing(recipe))
+    found = [Check("text" if key.startswith("data.") else "models", key, "problem", told) for key, told in gone.items()]
+    reading: Reading | None = None
+    if not any(key.startswith("data.") for key in gone):
+        try:
+            reading = text.read(recipe, scratch)
+            found += text.checks(reading, recipe)
+        except ValueError as error:
+            found.append(Check("text", "data", "problem", str(error)))
+    starts: dict[str, Start] = {}
+    words = [d.text for d in (*reading.public, *reading.questions)] if reading else []
+    known: dict[int, Tokenizer] = {}
+    for key, source in models.sources(recipe).items():
+        if f"{key}.path" in gone or (source.make and reading is None):
+            continue
+        try:
+            start = (
+                models.made(key, source.make, words, known)
+                if source.make
+                else models.given(key, Path(str(source.path)))
+            )
+        except ValueError as error:
+            found.append(Check("models", key, "problem", str(error)))
+            continue
+        starts[key] = start
+        found += models.about(start)
+    base = models.as_base(starts[BASE], recipe) if BASE in starts else None
+    found += [base] if base else []
+    if "device.encoder" not in gone:
+        found += _encoder(recipe)
+    found += models.trainings(starts, recipe)
+    if reading is None or base is None or len(starts) < len(models.sources(recipe)):
+        return found, []
+    devices = [device.id for device in reading.corpus.devices]
+    found += models.lineages({start.name: start for key, start in starts.items() if key != BASE}, devices, recipe)
+    found += tokenizers.checks(starts, reading.public)
+    measured = {start.tokenizer.fingerprint: lengths.Lengths(start.tokenizer) for start in starts.values()}
+    found += lengths.checks(reading, starts, measured, recipe)
+    return found, [] if base.state == "problem" else Workload(recipe, reading, starts, measured).tasks()
+
+
+def _encoder(recipe: Recipe) -> Iterator[Check]:
+    """Whether texts can be embedded."""
+    try:
+        encoders.encode_texts(recipe.device.encoder, ["a text"])
+    except ValueError as error:
+        yield Check("models", "device.encoder", "problem", str(error), "choose another, or `hashing`")
+
+
+def _trainings(tasks: Sequence[Task]) -> Iterator[Check]:
+    """Trainings that are over before anything is learned."""
+    for task in tasks:
+        training = task.training
+        if training is None or task.phase not in ("device", "joint") or not task.tokens:
+            continue
+        steps = task.tokens / (training.rows * training.context)
+        if steps < FEW_STEPS:
+            what = "device.epochs" if task.phase == "device" else "distill.budget_tokens"
+            yield Check(
+                "training", task.phase, "warning",
+                f"takes {steps:.0f} steps of {training.rows} rows of {training.context} tokens: too few to learn much",
+                f"raise {what}, or lower {'device' if task.phase == 'device' else 'distill'}.training.rows",
+            )  # fmt: skip
+
+
+def _room(recipe: Recipe, tasks: Sequence[Task], here: Machine, runtime: Runtime) -> Iterator[Check]:
+    """Whether memory and disk are enough."""
+    yield machine.memory([peak(task, recipe) for task in tasks for _ in range(task.steps)], here, runtime)
+    saved = [
+        SAVED * task.shape.parameters * size_of(task.training.dtype) for task in tasks if task.shape and task.training
+    ]
+    working = sum(heapq.nlargest(max(1, runtime.workers), saved))
+    yield machine.disk(sum(task.disk * task.steps for task in tasks), working, here)
+
+
+def _done(recipe: Recipe, out: Path) -> Iterator[Check]:
+    """What a run would find there already."""
+    done = sum(step.state == "done" for step in pipeline.plan(recipe, out))
+    if done:
+        yield Check("machine", "--out", "ok", f"{out} has {done} steps of this run already: they cost nothing again")

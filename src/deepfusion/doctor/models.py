@@ -1,0 +1,197 @@
+"""The models that a run starts from, looked at one by one: whether they open, and what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from deepfusion import checkpoints
+from deepfusion.artifacts import file_digest
+from deepfusion.config import MadeModel, ModelSource, Recipe
+from deepfusion.data.tokens import Tokenizer
+from deepfusion.display import amount
+from deepfusion.doctor.diagnosis import Check
+from deepfusion.doctor.shapes import Shape
+from deepfusion.families import family
+from deepfusion.families.mixtral import moe_config
+from deepfusion.labels import joined
+from deepfusion.roles import starting_points
+
+BASE = "models.base"
+# Above these, what was found for models made on the spot is wrong for one that was trained elsewhere.
+PRETRAINED_PARAMETERS, PRETRAINED_RATE = 10_000_000, 5e-4
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model that a run starts from, given or still to be made."""
+
+    key: str  # in the recipe, as models.ancestors.gpt2
+    config: PreTrainedConfig
+    tokenizer: Tokenizer
+    shape: Shape
+    lineage: str
+    folder: Path | None = None
+    made: MadeModel | None = None
+
+    @property
+    def name(self) -> str:
+        """What the recipe calls it."""
+        return self.key.rpartition(".")[2]
+
+    @property
+    def context(self) -> int | None:
+        """Tokens of the longest text that it takes, if there is a limit."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+
+def sources(recipe: Recipe) -> dict[str, ModelSource]:
+    """Key → where it comes from, of every model that the recipe names."""
+    ancestors = {f"models.ancestors.{name}": source for name, source in recipe.models.ancestors.items()}
+    return {BASE: recipe.models.base, **ancestors}
+
+
+def given(key: str, folder: Path) -> Start:
+    """A checkpoint folder as a run would take it: opened, and read through once.
+
+    Raises:
+        ValueError: it cannot be used; names what is wrong with it.
+    """
+    checkpoints.validate(folder)
+    tokenizer = Tokenizer(checkpoints.open_tokenizer(folder))
+    config = checkpoints.open_config(folder)
+    digests = "".join(file_digest(file) for file in sorted(set(checkpoints.index(folder).values())))
+    return Start(
+        key,
+        config,
+        tokenizer,
+        Shape.of(config),
+        lineage=checkpoints.lineage(config, tokenizer.fingerprint, digests),
+        folder=folder,
+    )
+
+
+def made(key: str, model: MadeModel, texts: Sequence[str], known: dict[int, Tokenizer]) -> Start:
+    """A model that the run will make: its tokenizer made now, its weights left out.
+
+    Args:
+        key: in the recipe.
+        model: what to make.
+        texts: the public text.
+        known: vocabulary size → tokenizer; those of equal size are shared, and put in here.
+    """
+    if model.vocab not in known:
+        known[model.vocab] = Tokenizer(checkpoints.make_tokenizer(texts, model.vocab))
+    tokenizer = known[model.vocab]
+    config = family(model.type).config(model, len(tokenizer.raw), end=tokenizer.end)
+    return Start(
+        key,
+        config,
+        tokenizer,
+        Shape.of(config),
+        lineage=f"{key}, made",  # from a seed of its own
+        made=model,
+    )
+
+
+def described(start: Start) -> str:
+    """What a model is, in a line."""
+    config, parts = start.config, [start.config.model_type, f"{amount(start.shape.parameters)} parameters"]
+    if start.folder is not None:
+        held = checkpoints.shapes(start.folder)
+        files = set(checkpoints.index(start.folder).values())
+        dtypes = sorted({str(dtype).removeprefix("torch.") for dtype, _ in held.values()})
+        parts += ["/".join(dtypes), "one file" if len(files) == 1 else f"{len(files)} files"]
+    else:
+        parts.append("to be made")
+    parts.append("head tied to the embedding" if config.tie_word_embeddings else "head of its own")
+    parts.append(f"context {start.context or 'unlimited'}")
+    known, room = len(start.tokenizer.table), int(config.vocab_size)
+    parts.append(f"vocabulary {known}" + (f" padded to {room}" if room > known else ""))
+    return ", ".join(parts)
+
+
+def about(start: Start) -> Iterator[Check]:
+    """What is to be said of a model that opens."""
+    yield Check("models", start.key, "ok", described(start))
+    table, room = start.tokenizer.table, int(start.config.vocab_size)
+    if len(table) > room:
+        yield Check(
+            "models", start.key, "warning",
+            f"its tokenizer has {len(table) - room} tokens more than the model's vocabulary of {room}",
+            "see that no text uses them: a model has no embedding for them",
+        )  # fmt: skip
+
+
+def trainings(starts: Mapping[str, Start], recipe: Recipe) -> Iterator[Check]:
+    """Whether what is set for training suits the models that are trained."""
+    base = [start for start in starts.values() if start.key == BASE]
+    ancestors = [start for start in starts.values() if start.key != BASE]
+    sections = {"device": (recipe.device, ancestors), "distill": (recipe.distill, base), "tune": (recipe.tune, base)}
+    for section, (phase, trained) in sections.items():
+        training = phase.training
+        known = [start.key for start in trained if start.folder and start.shape.parameters >= PRETRAINED_PARAMETERS]
+        if known and training.learning_rate > PRETRAINED_RATE:
+            yield Check(
+                "training", f"{section}.training", "warning",
+                f"learning_rate {training.learning_rate:g} was found for tiny models, and is much for {joined(known)}",
+                f"lower it, as with --set {section}.training.learning_rate=5e-5",
+            )  # fmt: skip
+        for start in trained:
+            if start.context and training.context > start.context:
+                yield Check(
+                    "training", f"{section}.training", "warning",
+                    f"context is {training.context}, and {start.key} takes {start.context} tokens",
+                    "no text is longer than that: lower the context",
+                )  # fmt: skip
+
+
+def as_base(base: Start, recipe: Recipe) -> Check:
+    """Whether experts can be cut from the base, and what it becomes."""
+    k, top_k = recipe.cluster.k, recipe.assemble.top_k
+    try:
+        target = moe_config(base.config, k, top_k)
+    except ValueError as error:
+        return Check("models", base.key, "problem", str(error), "choose another model as models.base")
+    shape = Shape.of(target)
+    fact = f"becomes a {target.model_type} of {k} experts, {top_k} a token: {amount(shape.parameters)} parameters, "
+    return Check("models", base.key, "ok", fact + f"{amount(shape.active)} active a token")
+
+
+def lineages(ancestors: Mapping[str, Start], devices: Sequence[str], recipe: Recipe) -> Iterator[Check]:
+    """Whose devices can be averaged with whose."""
+    start_of = starting_points(devices, recipe.models, recipe.seed)
+    groups: dict[str, list[str]] = {}
+    for name, start in ancestors.items():
+        groups.setdefault(start.lineage, []).append(name)
+    for names in groups.values():
+        held = [device for device, name in start_of.items() if name in names]
+        called = " and ".join(names)
+        same = f"{called} are the same model by content; " if len(names) > 1 else ""
+        few = "no device starts from it" if not held else f"{len(held)} devices start from it"
+        if len(held) == 1:
+            few = "one device starts from it"
+        can = ", and can be averaged in a cluster" if len(held) > 1 else ""
+        yield Check("lineages", called, "ok" if held else "warning", f"{same}{few}{can}",
+                    "" if held else "raise data.partition.devices, or leave the ancestor out")  # fmt: skip
+    alike: dict[str, list[str]] = {}
+    for name, start in ancestors.items():
+        if start.made:
+            alike.setdefault(start.made.model_dump_json(), []).append(name)
+    for names in alike.values():
+        if len(names) > 1:
+            yield Check(
+                "lineages", " and ".join(names), "warning",
+                "are made alike, but each from a seed of its own: their devices are never averaged",
+                "name one ancestor instead of these: any number of devices can start from it",
+            )  # fmt: skip
+    used = {ancestors[name].lineage for name in start_of.values()}
+    if recipe.cluster.mode == "by_type" and recipe.cluster.k < len(used):
+        yield Check(
+            "lineages", "cluster.k", "problem",
+            f"{recipe.cluster.k} type-pure clusters cannot hold {len(used)} lineages",
+            f"raise cluster.k to {len(used)} or more, or set cluster.mode: by_domain",
+        )  # fmt: skip

@@ -1,0 +1,141 @@
+"""What phases will have to do, beside what they do."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from deepfusion import doctor
+from deepfusion.artifacts import Checkpoint
+from deepfusion.config import Recipe, Runtime
+from deepfusion.doctor import lengths, models
+from deepfusion.doctor import text as texts
+from deepfusion.doctor.work import Task, Workload
+from deepfusion.phases.evaluate import evaluate
+from deepfusion.pipeline import run
+from deepfusion.roles import starting_points
+from deepfusion.summary import read_results
+from pico import pico
+from tiny import HERE, recipe
+
+
+def workload(into: Path, *overrides: str) -> Workload:
+    chosen = recipe("models.base.make.tokens=100", *overrides)
+    reading = texts.read(chosen, into)
+    words = [document.text for document in (*reading.public, *reading.questions)]
+    known: dict[int, lengths.Tokenizer] = {}
+    starts = {
+        key: models.made(key, source.make, words, known)
+        for key, source in models.sources(chosen).items()
+        if source.make
+    }
+    of = {start.tokenizer.fingerprint: lengths.Lengths(start.tokenizer) for start in starts.values()}
+    return Workload(chosen, reading, starts, of)
+
+
+def by_phase(tasks: list[Task]) -> dict[str, list[Task]]:
+    return {phase: [task for task in tasks if task.phase == phase] for phase in dict.fromkeys(t.phase for t in tasks)}
+
+
+def test_a_device_learns_its_own_text_and_a_share_of_what_is_public(tmp_path: Path) -> None:
+    load = workload(tmp_path, "device.epochs=7", "device.replay=0.5")
+    of = starting_points(list(load.text.private), load.recipe.models, 0)
+    for (device, held), task in zip(load.text.private.items(), by_phase(load.tasks())["device"], strict=True):
+        start = load.starts[f"models.ancestors.{of[device]}"]
+        own = sum(len(start.tokenizer.encode(document.text)[0]) + 2 for document in held)
+        assert task.tokens == pytest.approx(7 * 1.5 * own)
+        assert task.flops == pytest.approx(6 * task.tokens * start.shape.active)
+
+
+def test_the_servers_budget_is_shared_as_the_recipe_says(tmp_path: Path) -> None:
+    load = workload(tmp_path, "distill.shares={joint: 0.5, branch: 0.3, tune: 0.2}", "distill.budget_tokens=100_000",
+                    "assemble.router=random")  # fmt: skip
+    tasks = by_phase(load.tasks())
+    [joint], [branch], [tune] = tasks["joint"], tasks["branch"], tasks["tune"]
+    assert (joint.tokens, branch.tokens, branch.steps) == (50_000, 15_000, 2)
+    base = load.starts[models.BASE].shape
+    assert tune.flops == pytest.approx(6 * 20_000 * base.active)
+    assert tune.tokens < 20_000  # for a token passes through two experts
+    [pooled] = tasks["pooled_text"]
+    assert pooled.flops == pytest.approx(6 * 100_000 * base.active)
+
+
+def test_what_measuring_the_router_takes_is_taken_from_tuning(tmp_path: Path) -> None:
+    plain = by_phase(workload(tmp_path / "a", "assemble.router=random", "distill.budget_tokens=900_000").tasks())
+    measured = by_phase(workload(tmp_path / "b", "distill.budget_tokens=900_000").tasks())
+    assert plain["assemble"][0].tokens == 0
+    assert measured["assemble"][0].tokens == 2 * 2 * 500
+    gone = plain["tune"][0].flops - measured["tune"][0].flops
+    assert gone == pytest.approx(measured["assemble"][0].flops)
+
+
+def test_phases_that_the_recipe_leaves_out_cost_nothing(tmp_path: Path) -> None:
+    overrides = ("transfer.kinds=[public]", "distill.shares={joint: 1, branch: 0, tune: 0}", "evaluate.references=[]")
+    assert not {"write", "branch", "tune", "upcycle", "pooled_text", "centralized"} & set(
+        by_phase(workload(tmp_path, *overrides).tasks())
+    )
+
+
+def test_no_training_is_shorter_than_a_batch(tmp_path: Path) -> None:
+    [branch] = by_phase(workload(tmp_path, "distill.budget_tokens=10").tasks())["branch"]
+    assert branch.tokens == 4 * 96
+
+
+def test_evaluation_reads_what_evaluate_reads(tmp_path: Path) -> None:
+    load = workload(tmp_path / "text")
+    tasks = by_phase(load.tasks())["evaluate"]
+    tokens = Counter({task.tokens: task.steps for task in tasks})
+    folder = pico("llama", tmp_path / "m", hidden=16, layers=1, heads=2)
+    base = load.starts[models.BASE].tokenizer.raw
+    base.save_pretrained(folder)
+    model = Checkpoint(folder=folder, model_type="llama", lineage="", parameters=0, active_parameters=0)
+    (tmp_path / "s").mkdir()
+    scores = evaluate(
+        model, texts.read(load.recipe, tmp_path / "again").corpus, load.recipe.evaluate, system="base", item=None,
+        into=tmp_path / "s", runtime=HERE,
+    )  # fmt: skip
+    assert scores.work.tokens in tokens
+
+
+def test_written_text_is_no_longer_than_models_may_write(tmp_path: Path) -> None:
+    short = by_phase(workload(tmp_path / "a", "transfer.max_new_tokens=5", "transfer.kinds=[sampled]").tasks())
+    long = by_phase(workload(tmp_path / "b", "transfer.max_new_tokens=50", "transfer.kinds=[sampled]").tasks())
+    [few], [many] = short["write"], long["write"]
+    assert few.tokens == 2 * 10 * 5  # ten texts a cluster, written once and read by the ancestor once
+    assert many.tokens > few.tokens
+    assert few.turns == 2 * 5  # two writers a cluster, each a batch
+
+
+def test_proxies_write_where_the_recipe_says_so(tmp_path: Path) -> None:
+    assert "consult" not in by_phase(workload(tmp_path / "a").tasks())
+    tasks = by_phase(workload(tmp_path / "b", "distill.teachers=proxies", "transfer.writers=proxies").tasks())
+    [consult] = tasks["consult"]
+    assert consult.steps == 4  # two lineages in each of two clusters
+    every = by_phase(workload(tmp_path / "c", "distill.objective={kind: vaa, stages: 1}").tasks())
+    assert every["consult"][0].steps == 4
+
+
+def test_a_shifted_teacher_is_paid_by_the_joint_student(tmp_path: Path) -> None:
+    tasks = by_phase(workload(tmp_path, "distill.shifted=true", "distill.budget_tokens=100_000").tasks())
+    [shift], [joint] = tasks["shift"], tasks["joint"]
+    assert shift.flops + joint.flops == pytest.approx(0.92 * 6 * 100_000 * joint.shape.active)  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@pytest.mark.slow
+def test_the_smoke_recipe_takes_what_the_doctor_says(tmp_path: Path) -> None:
+    """Tokens to a sixth, FLOPs too, memory to a fifth; time only roughly, for machines have moods."""
+    smoke, one = Recipe.load("smoke"), Runtime(workers=1)
+    costs = {cost.phase: cost for cost in doctor.examine(smoke, tmp_path / "run", one).costs}
+    run(smoke, tmp_path / "run", one)
+    phases = read_results(tmp_path / "run")["phases"]
+    seconds = 0.0
+    for name in dict.fromkeys(phase["name"] for phase in phases):
+        own, cost = [phase for phase in phases if phase["name"] == name], costs[name]
+        assert cost.steps == len(own), name
+        assert cost.peak_bytes == pytest.approx(max(phase["peak_bytes"] for phase in own), rel=0.2), name
+        if name not in ("transfer", "assemble", "upcycle"):
+            assert cost.tokens == pytest.approx(sum(phase["tokens"] or 0 for phase in own), rel=1 / 6), name
+        seconds += sum(phase["seconds"] for phase in own)
+    assert 1 / 4 < seconds / sum(cost.seconds or 0 for cost in costs.values()) < 4
