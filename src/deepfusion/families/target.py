@@ -37,6 +37,7 @@ COMMON = (
 WITHOUT_EFFECT = {
     "pretraining_tp",
     "_name_or_path",
+    "_model_name_or_path",
     "architectures",
     "is_llama_config",
     "transformers.js_config",
