@@ -38,6 +38,22 @@ def test_half_the_precision_is_half_the_states() -> None:
     assert gone == pytest.approx(8e9, rel=1e-3)
 
 
+def test_frozen_weights_have_no_gradients() -> None:
+    """A billion weights, of which 0.9 in layers, and an adapter of a million."""
+    large = replace(SHAPE, parameters=10**9, inner=9 * 10**8)
+    adapted = replace(TASK, phase="device", shape=large, adapter=10**6)
+    assert peak(adapted, recipe("device.method=lora")) == pytest.approx(IMPORTED + TRAINER + 4e9 + 16e6, rel=1e-3)
+    four = peak(adapted, recipe("device.method=qlora"))
+    assert four == pytest.approx(IMPORTED + TRAINER + 4e8 + 0.5625 * 9e8 + 16e6, rel=1e-3)
+
+
+def test_checkpointed_layers_keep_what_enters_them() -> None:
+    deep = replace(SHAPE, features=3e6)
+    again = replace(TASK, training=TRAINING.model_copy(update={"gradient_checkpointing": True}))
+    saved = peak(replace(TASK, shape=deep), recipe()) - peak(replace(again, shape=deep), recipe())
+    assert saved == pytest.approx(64 * 4 * (3e6 - 1e6 - 3 * 16))
+
+
 def test_logits_of_a_large_vocabulary_are_made_in_blocks() -> None:
     large = replace(SHAPE, vocabulary=10**7)
     more = peak(replace(TASK, shape=large), recipe()) - peak(TASK, recipe())
@@ -73,6 +89,12 @@ def test_every_kind_of_work_is_measured_once() -> None:
     once, twice, writing, reading, nothing = (rates.seconds(task) for task in tasks)
     assert twice - STARTED - UNDER_WAY == pytest.approx(2 * (once - STARTED - UNDER_WAY))
     assert min(writing, reading) > nothing == STARTED
+
+
+def test_adapters_and_checkpointed_layers_are_measured_as_such() -> None:
+    adapted = replace(TASK, adapter=100)
+    again = replace(TASK, training=TRAINING.model_copy(update={"gradient_checkpointing": True}))
+    assert len(timing.measure([TASK, adapted, again], recipe(), HERE).of) == 3
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen2", "gpt2"])

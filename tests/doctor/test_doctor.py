@@ -13,7 +13,7 @@ import torch
 
 from deepfusion import doctor, pipeline
 from deepfusion.config import Recipe, Runtime
-from deepfusion.doctor import Check, Diagnosis, machine
+from deepfusion.doctor import Check, Diagnosis, machine, models
 from deepfusion.planner import PlannedStep
 from deepfusion.steps import STEPS
 from deepfusion.weights import Part, tensors, write
@@ -110,12 +110,12 @@ def test_a_broken_encoder_is_told(given: Callable[..., Recipe], tmp_path: Path) 
 
 def test_a_base_that_cannot_become_experts_is_told(given: Callable[..., Recipe], tmp_path: Path) -> None:
     chosen = given(None, "models.base.path=other")
-    pico("qwen2", tmp_path / "other", hidden=16, layers=1, heads=2)
+    pico("opt", tmp_path / "other", hidden=16, layers=1, heads=2)
     moved = chosen.models.base.model_copy(update={"path": str(tmp_path / "other")})
     found = examine(chosen.model_copy(update={"models": chosen.models.model_copy(update={"base": moved})}))
     assert found.costs == ()
     problem = told(found, "problem")["models.base"]
-    assert "qwen2" in problem.fact
+    assert problem.fact.startswith("no MoE is assembled from opt models: choose a base of type llama, ")
     assert problem.advice == "choose another model as models.base"
     assert any(check.part == "lineages" for check in found.checks)  # what does not depend on it is looked at
 
@@ -206,6 +206,28 @@ def test_trainings_of_a_few_steps_are_told() -> None:
     found = told(examine(recipe("distill.budget_tokens=500")), "warning")
     assert "joint" in found
     assert found["joint"].advice == "raise distill.budget_tokens, or lower distill.training.rows"
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_adapters_are_told_by_their_size(method: str, given: Callable[..., Recipe]) -> None:
+    """Rank 2 on four matrices of a GPT-2 of width 16 (three in one, one, and two of 16 by 64)."""
+    found = examine(given(None, f"device={{method: {method}, upload: adapter, lora: {{rank: 2}}}}"))
+    if method == "qlora":
+        problem = told(found, "problem")["models.ancestors.own"]
+        assert problem.fact.startswith("weights in four bits come in blocks of 64, and ")
+        assert problem.advice == "set device.method: lora"
+        return
+    own = [check for check in found.checks if check.subject == "models.ancestors.own"]
+    assert own[1].fact == "512 of 10.5 k weights are trained, in adapters of rank 2"
+    costs = {cost.phase: cost for cost in found.costs}
+    assert costs["device"].disk_bytes == 2 * 4 * 512
+    assert costs["materialise"].steps == 2
+
+
+def test_four_bits_need_their_package(given: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "is_bitsandbytes_available", lambda: False)
+    problem = told(examine(given(None, "device.method=qlora")), "problem")["models.ancestors.own"]
+    assert problem.fact == "weights in four bits need bitsandbytes"
 
 
 def test_what_is_done_already_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

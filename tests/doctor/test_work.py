@@ -49,6 +49,17 @@ def test_a_device_learns_its_own_text_and_a_share_of_what_is_public(tmp_path: Pa
         assert task.flops == pytest.approx(6 * task.tokens * start.shape.active)
 
 
+def test_an_adapter_is_all_that_a_device_changes(tmp_path: Path) -> None:
+    full = by_phase(workload(tmp_path / "a").tasks())
+    adapted = by_phase(workload(tmp_path / "b", "device.method=lora").tasks())
+    whole, part = full["device"][0], adapted["device"][0]
+    assert whole.shape == part.shape
+    assert part.tokens == whole.tokens
+    assert part.forward == part.tokens * (part.shape.active + part.adapter)  # pyright: ignore[reportOptionalMemberAccess]
+    assert part.backward == part.tokens * (part.shape.active + 2 * part.adapter)  # pyright: ignore[reportOptionalMemberAccess]
+    assert "materialise" not in adapted  # by default devices send whole models
+
+
 def test_the_servers_budget_is_shared_as_the_recipe_says(tmp_path: Path) -> None:
     load = workload(tmp_path, "distill.shares={joint: 0.5, branch: 0.3, tune: 0.2}", "distill.budget_tokens=100_000",
                     "assemble.router=random")  # fmt: skip

@@ -86,6 +86,8 @@ def _inputs(recipe: Recipe, scratch: Path) -> tuple[list[Check], list[Task]]:
             continue
         starts[key] = start
         found += models.about(start)
+        if key != BASE and recipe.device.method != "full":
+            found.append(models.adapted(start, recipe))
     base = models.as_base(starts[BASE], recipe) if BASE in starts else None
     found += [base] if base else []
     if "device.encoder" not in gone:

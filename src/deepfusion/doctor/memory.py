@@ -13,6 +13,7 @@ IMPORTED, TRAINER = 455e6, 70e6
 LESSON, TAUGHT = 12, 18  # bytes of a token in a lesson; and of each alternative of its teacher's, raw and in the lesson
 LOSSES = 5  # logits, in float32, in log-probabilities, without what is kept, and their gradients
 SCORES = 3
+FOUR_BITS = 0.5625  # bytes of a weight with its share of the scale of its block
 
 
 def peak(task: Task, recipe: Recipe) -> float:
@@ -20,14 +21,23 @@ def peak(task: Task, recipe: Recipe) -> float:
     shape = task.shape
     text = task.lessons * LESSON + task.taught * task.kept * TAUGHT
     if shape is None:
-        return IMPORTED + (4 * 4 * WEIGHTS_AT_ONCE if task.phase == "proxy" else 0) + text
+        return IMPORTED + (4 * 4 * WEIGHTS_AT_ONCE if task.phase in ("proxy", "materialise") else 0) + text
     if task.kind == "train":
         assert task.training is not None
         number = size_of(task.training.dtype)
         # Weights, their gradients, and two averages of these; autocast keeps a copy of the weights in its own type.
-        states = shape.parameters * (4 * number + (2 if task.training.compute == "bfloat16" else 0))
+        cast = 2 if task.training.compute == "bfloat16" else 0
+        states = shape.parameters * (4 * number + cast)
+        if task.adapter:  # in float32, beside weights that stay as they are
+            four = task.phase == "device" and recipe.device.method == "qlora"
+            held = shape.parameters * number - (shape.inner * (number - FOUR_BITS) if four else 0)
+            states = held + task.adapter * (4 * 4 + cast)
         tokens = task.training.rows * task.training.context
-        kept = tokens * shape.features * min(number, size_of(task.training.compute))
+        features = shape.features
+        if task.training.gradient_checkpointing:  # what enters each layer, and all of one
+            layers = shape.config.num_hidden_layers
+            features = features / layers + layers * shape.config.hidden_size
+        kept = tokens * features * min(number, size_of(task.training.compute))
         mask = task.training.rows * task.training.context**2 * (1 + number)
         logits = LOSSES * 4 * min(tokens * shape.vocabulary, BLOCK)
         return IMPORTED + TRAINER + states + kept + mask + logits + text

@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedConfig
+from transformers.utils.import_utils import is_bitsandbytes_available
 
 from deepfusion import checkpoints
-from deepfusion.artifacts import file_digest
+from deepfusion.adapters import sites
 from deepfusion.config import MadeModel, ModelSource, Recipe
 from deepfusion.data.tokens import Tokenizer
 from deepfusion.display import amount
 from deepfusion.doctor.diagnosis import Check
 from deepfusion.doctor.shapes import Shape
-from deepfusion.families import family
-from deepfusion.families.mixtral import moe_config
+from deepfusion.families import context_length, experts, family, skeleton
 from deepfusion.labels import joined
+from deepfusion.phases.assemble import shape_of
 from deepfusion.roles import starting_points
+from deepfusion.weights import digest
 
 BASE = "models.base"
 # Above these, what was found for models made on the spot is wrong for one that was trained elsewhere.
@@ -45,7 +47,7 @@ class Start:
     @property
     def context(self) -> int | None:
         """Tokens of the longest text that it takes, if there is a limit."""
-        return getattr(self.config, "max_position_embeddings", None)
+        return context_length(self.config)
 
 
 def sources(recipe: Recipe) -> dict[str, ModelSource]:
@@ -63,13 +65,12 @@ def given(key: str, folder: Path) -> Start:
     checkpoints.validate(folder)
     tokenizer = Tokenizer(checkpoints.open_tokenizer(folder))
     config = checkpoints.open_config(folder)
-    digests = "".join(file_digest(file) for file in sorted(set(checkpoints.index(folder).values())))
     return Start(
         key,
         config,
         tokenizer,
         Shape.of(config),
-        lineage=checkpoints.lineage(config, tokenizer.fingerprint, digests),
+        lineage=checkpoints.lineage(config, tokenizer.fingerprint, digest(folder)),
         folder=folder,
     )
 
@@ -151,14 +152,39 @@ def trainings(starts: Mapping[str, Start], recipe: Recipe) -> Iterator[Check]:
 
 def as_base(base: Start, recipe: Recipe) -> Check:
     """Whether experts can be cut from the base, and what it becomes."""
-    k, top_k = recipe.cluster.k, recipe.assemble.top_k
     try:
-        target = moe_config(base.config, k, top_k)
+        target = shape_of(base.config, recipe.cluster.k, recipe.assemble).config
     except ValueError as error:
         return Check("models", base.key, "problem", str(error), "choose another model as models.base")
-    shape = Shape.of(target)
-    fact = f"becomes a {target.model_type} of {k} experts, {top_k} a token: {amount(shape.parameters)} parameters, "
-    return Check("models", base.key, "ok", fact + f"{amount(shape.active)} active a token")
+    shape, moe = Shape.of(target), experts(target)
+    fact = f"becomes a {target.model_type} of {moe.count} experts, {moe.chosen} a token: "
+    sizes = f"{amount(shape.parameters)} parameters, {amount(shape.active)} active a token"
+    return Check("models", base.key, "ok", fact + sizes)
+
+
+def adapted(start: Start, recipe: Recipe) -> Check:
+    """Whether devices that start from a model can train adapters as the recipe says, and how large these are."""
+    device = recipe.device
+    found = sites(skeleton(start.config), device.lora).values()
+    if device.method == "qlora":
+        if not is_bitsandbytes_available():
+            return Check("models", start.key, "problem", "weights in four bits need bitsandbytes",
+                         "pip install 'deepfusion-moe[nf4]', or set device.method: lora")  # fmt: skip
+        block = checkpoints.NF4_BLOCK
+        if odd := next((site for site in found if site.inputs % block), None):
+            fact = f"weights in four bits come in blocks of {block}, and {odd.inner} has {odd.inputs} inputs"
+            return Check("models", start.key, "problem", fact, "set device.method: lora")
+    share = f"{amount(trained(start, recipe))} of {amount(start.shape.parameters)} weights are trained"
+    return Check("models", start.key, "ok", f"{share}, in adapters of rank {device.lora.rank}")
+
+
+def trained(start: Start, recipe: Recipe) -> int:
+    """Weights that a device trains which starts from this model."""
+    device = recipe.device
+    if device.method == "full":
+        return start.shape.parameters
+    found = sites(skeleton(start.config), device.lora).values()
+    return sum(device.lora.rank * (site.inputs + site.outputs) for site in found)
 
 
 def lineages(ancestors: Mapping[str, Start], devices: Sequence[str], recipe: Recipe) -> Iterator[Check]:

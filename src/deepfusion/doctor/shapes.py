@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedConfig
 
 from deepfusion.checkpoints import parameters
-from deepfusion.families import family, skeleton
+from deepfusion.families import experts, family, skeleton
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Shape:
     config: PreTrainedConfig = field(compare=False)
     parameters: int
     active: int  # matrix parameters that a token passes through
+    inner: int  # in the matrices of a dense model's layers, which four bits can hold
     features: float  # numbers that training keeps of each token for the backward pass
     cached: int  # numbers that writing keeps of each token
     vocabulary: int
@@ -25,12 +26,16 @@ class Shape:
     def of(cls, config: PreTrainedConfig) -> Shape:
         """The shape of a model with this config."""
         kind, model = family(config.model_type), skeleton(config)
-        share = getattr(config, "num_experts_per_tok", 1)
+        chosen = experts(config).chosen
         features = 4.0 * config.hidden_size * config.num_hidden_layers  # norms, and the sums between blocks
+        inner = 0
         for name, tensor in model.state_dict().items():
-            if tensor.ndim > 1 and kind.role(name) in ("attention", "ffn"):  # what goes in, and what comes out
-                features += sum(tensor.shape[-2:]) * (share if tensor.ndim == 3 else 1)
+            if tensor.ndim > 1 and kind.role(name) in ("attention", "ffn", "shared"):  # what goes in, what comes out
+                features += sum(tensor.shape[-2:]) * (chosen if tensor.ndim == 3 else 1)
+            if tensor.ndim == 2 and kind.role(name) in ("attention", "ffn", "shared"):
+                inner += tensor.numel()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         cached = 2 * config.num_hidden_layers * heads * width
-        return cls(config, parameters(model), kind.matrix_parameters(config), features, cached, int(config.vocab_size))
+        active = kind.matrix_parameters(config)
+        return cls(config, parameters(model), active, inner, features, cached, int(config.vocab_size))

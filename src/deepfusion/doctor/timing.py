@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from deepfusion.config import LogitsObjective, Recipe, Runtime, Training
+from deepfusion import adapters
+from deepfusion.config import LogitsObjective, LoRA, Recipe, Runtime, Training
 from deepfusion.data.batches import collate
 from deepfusion.data.lessons import Lesson
 from deepfusion.doctor.shapes import Shape
 from deepfusion.doctor.work import Task
-from deepfusion.families import family
+from deepfusion.families import context_length, family
 from deepfusion.objectives import build_objective
 from deepfusion.training import Learner
 from deepfusion.worker import settle
@@ -53,8 +54,9 @@ class Rates:
 
 def _key(task: Task) -> tuple[object, ...]:
     training = task.training
-    how = () if training is None else (training.rows, training.context, training.dtype, training.compute)
-    return (task.kind, task.shape, task.batch, *how)
+    fields = {"rows", "context", "dtype", "compute", "gradient_checkpointing"}
+    how = () if training is None else tuple(training.model_dump(include=fields).values())
+    return (task.kind, task.shape, task.batch, task.adapter, *how)
 
 
 def _read_key(shape: Shape) -> tuple[object, ...]:
@@ -76,27 +78,34 @@ def measure(tasks: Sequence[Task], recipe: Recipe, runtime: Runtime) -> Rates:
             of[_read_key(task.shape)] = _reading(task.shape, runtime)
         if task.kind == "train" and _key(task) not in of:
             assert task.training is not None
-            of[_key(task)] = _training(task.shape, task.training, runtime)
+            lora = recipe.device.lora if task.adapter else None
+            of[_key(task)] = _training(task.shape, task.training, lora, runtime)
         if task.kind == "write" and _key(task) not in of:
             of[_key(task)] = _writing(task.shape, task.batch, recipe.transfer.dtype, runtime)
     return Rates(of)
 
 
-def _training(shape: Shape, training: Training, runtime: Runtime) -> float:
+def _training(shape: Shape, training: Training, lora: LoRA | None, runtime: Runtime) -> float:
     """Seconds that an optimiser step on a full batch takes, with a teacher's probabilities.
 
     Of a model too large for that, a part of each step is taken to go by tokens and a part by weights; two batches of
     different sizes tell them apart.
     """
     model, share = _model(shape, training.dtype, runtime)
+    if lora is not None:  # four bits are not tried: their unpacking comes on top
+        adapters.attach(model, lora, seed=0)
+    if training.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+        model.disable_input_require_grads()
     learner = Learner(model.train(), build_objective(LogitsObjective(), 0, 0, {}))
-    optimiser = torch.optim.AdamW(model.parameters(), fused=True)
+    changed = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(changed, fused=True)
 
     def step(batch: dict[str, torch.Tensor]) -> None:
         with torch.autocast(runtime.accelerator, torch.bfloat16, enabled=training.compute == "bfloat16"):
             loss = learner(**batch)["loss"]
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip)
+        torch.nn.utils.clip_grad_norm_(changed, training.clip)
         optimiser.step()
         optimiser.zero_grad()
         loss.item()  # waits for an accelerator
@@ -155,7 +164,7 @@ def _writing(shape: Shape, batch: int, dtype: str, runtime: Runtime) -> float:
 
 
 def _longest(shape: Shape, tokens: int) -> int:
-    return int(min(tokens, getattr(shape.config, "max_position_embeddings", None) or tokens))
+    return int(min(tokens, context_length(shape.config) or tokens))
 
 
 def _timed(work: Callable[[], object]) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -16,10 +16,10 @@ import torch
 
 from deepfusion.config import Recipe, Training, VAAObjective
 from deepfusion.doctor.lengths import EDGES, Lengths
-from deepfusion.doctor.models import BASE, Start
+from deepfusion.doctor.models import BASE, Start, trained
 from deepfusion.doctor.shapes import Shape
 from deepfusion.doctor.text import Reading
-from deepfusion.families.mixtral import moe_config
+from deepfusion.phases.assemble import shape_of
 from deepfusion.roles import starting_points
 
 SIGNAL, SIGNAL_TOKEN = 6, 14  # bytes on disk of a kept alternative, and of a token beside them
@@ -38,6 +38,7 @@ class Task:
     forward: float = 0  # token-parameters
     backward: float = 0
     training: Training | None = None
+    adapter: int = 0  # weights that are trained, where it is not all of them
     batch: int = 0  # texts written at a time, or tokens read at a time
     turns: float = 0  # times that a batch is continued by one token each
     lessons: float = 0  # tokens of text held in memory
@@ -81,7 +82,7 @@ class Workload:
 
     @cached_property
     def _moe(self) -> Shape:
-        return Shape.of(moe_config(self._base.config, self.recipe.cluster.k, self.recipe.assemble.top_k))
+        return Shape.of(shape_of(self._base.config, self.recipe.cluster.k, self.recipe.assemble).config)
 
     def _by_device(self) -> dict[str, Start]:
         of = starting_points(list(self.text.private), self.recipe.models, self.recipe.seed)
@@ -91,6 +92,12 @@ class Workload:
         """Of a property of ancestors, over devices."""
         values = [value(start) for start in self._by_device().values()]
         return sum(values) / len(values)
+
+    @property
+    def _sent(self) -> str:
+        """Precision of devices' models: the sum of a model and its adapter is kept in float32."""
+        device = self.recipe.device
+        return device.training.dtype if device.method == "full" else "float32"
 
     def _proxies(self) -> tuple[int, float]:
         """How many there are, and how many members each has."""
@@ -151,11 +158,15 @@ class Workload:
             public = self._known(start).tokens(self.text.public)
             replay = min(public, own * device.replay)
             tokens = device.epochs * (own + replay)
-            yield self._training("device", start.shape, device.training, tokens, lessons=own + public)
+            task = self._training("device", start.shape, device.training, tokens, lessons=own + public)
+            yield task if device.method == "full" else self._adapting(task, trained(start, self.recipe))
         yield Task("upload", 1)
+        if device.upload == "adapter":
+            for start in self._by_device().values():
+                yield Task("materialise", 1, disk=4 * start.shape.parameters)
         yield Task("cluster", 1)
         count, members = self._proxies()
-        weights = self._mean(lambda start: start.shape.parameters * size_of(device.training.dtype))
+        weights = self._mean(lambda start: start.shape.parameters * size_of(self._sent))
         yield Task("proxy", count, disk=weights if members > 1 else 0)
 
     def _transfer(self) -> Iterator[Task]:
@@ -237,7 +248,8 @@ class Workload:
         k, assemble = self.recipe.cluster.k, self.recipe.assemble
         if assemble.router == "random":
             return 0.0
-        return 2 * min(k * assemble.router_tokens, self._held()[0])
+        passes = 2 if assemble.renormalise else 3
+        return passes * min(k * assemble.router_tokens, self._held()[0])
 
     def _left(self, share: float, base: Shape, moe: Shape) -> float:
         """Tokens that a MoE is trained on within a share of the budget, of which measuring its router is part."""
@@ -315,6 +327,18 @@ class Workload:
             training=training, lessons=lessons, taught=taught, kept=self.recipe.transfer.top_k,
             disk=shape.parameters * size_of(training.dtype), own=own,
         )  # fmt: skip
+
+    def _adapting(self, task: Task, adapter: int) -> Task:
+        """A device's training, of an adapter alone: the way back needs the gradients of its weights only."""
+        assert task.shape is not None
+        sent = adapter if self.recipe.device.upload == "adapter" else task.shape.parameters
+        return replace(
+            task,
+            adapter=adapter,
+            forward=task.tokens * (task.shape.active + adapter),
+            backward=task.tokens * (task.shape.active + 2 * adapter),
+            disk=4 * sent,
+        )
 
     def _signals(self, tokens: float) -> float:
         return tokens * (self.recipe.transfer.top_k * SIGNAL + SIGNAL_TOKEN)

@@ -55,10 +55,17 @@ def shape(students: Sequence[Checkpoint], config: AssemblePhase) -> Shape:
     Raises:
         ValueError: the students are not of one lineage, no MoE is made of their type, or they set what it cannot carry.
     """
-    first = _first_of_one_lineage(students)
-    dense = open_config(first.folder)
+    return shape_of(open_config(_first_of_one_lineage(students).folder), len(students), config)
+
+
+def shape_of(dense: PreTrainedConfig, students: int, config: AssemblePhase) -> Shape:
+    """The MoE that a recipe makes of so many students with this config.
+
+    Raises:
+        ValueError: no MoE is made of their type, or they set what it cannot carry.
+    """
     moe = TARGETS[target_of(dense.model_type, config.target)]
-    layout = plan(config, clusters=len(students), channels=dense.intermediate_size, shared=moe.common)
+    layout = plan(config, clusters=students, channels=dense.intermediate_size, shared=moe.common)
     return Shape(dense, moe, moe_config(moe, dense, layout, config.shared_width), layout)
 
 
