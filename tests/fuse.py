@@ -39,6 +39,12 @@ class Fuse:
         return replace(part, make=make)
 
 
+def written(path: Path) -> tuple[int, int, int]:
+    """What tells that a file was written again: its inode, size and time of change (reading alone moves `st_atime`)."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """All files below a folder."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -9,7 +9,7 @@ from torch import Tensor
 from deepfusion import weights
 from deepfusion.artifacts import file_digest
 from deepfusion.weights import INDEX, WEIGHTS, Part, digest, index, shapes, stored, tensors, write
-from fuse import Blown, Fuse, contents
+from fuse import Blown, Fuse, contents, written
 
 HELD: dict[str, Tensor] = {
     "b": torch.arange(6.0).reshape(2, 3),
@@ -133,12 +133,12 @@ def test_what_is_finished_is_not_made_again(tmp_path: Path) -> None:
         fuse.write(folder, six)
     left = sorted(path.name for path in folder.iterdir())
     assert left == ["model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors.tmp"]
-    before = (folder / left[0]).stat()
+    before = written(folder / left[0])
     fuse.lasts = 99
     fuse.write(folder, six, resume=True)
     assert fuse.made == list("cdef")
     assert contents(folder) == undisturbed
-    assert (folder / left[0]).stat() == before
+    assert written(folder / left[0]) == before
     # A file that is not as planned is made again, and without `resume` all are.
     with (folder / "model-00003-of-00003.safetensors").open("ab") as stream:
         stream.write(b"!")
