@@ -193,7 +193,10 @@ def test_a_full_disk(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     raising(monkeypatch, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/tiny/model.safetensors"))
     result = invoke("run", "tiny.yaml")
     assert result.exit_code == 2
-    assert result.stderr == "deepfusion: error: disk full while writing runs/tiny/model.safetensors\n"
+    assert result.stderr == (
+        "deepfusion: error: disk full while writing runs/tiny/model.safetensors "
+        "(deepfusion doctor says what a run needs)\n"
+    )
 
 
 def test_another_error_of_the_system_is_told_as_it_is(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:

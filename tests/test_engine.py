@@ -273,7 +273,8 @@ def test_a_worker_tells_mistakes_full_disks_and_crashes_apart(hired: Engine) -> 
 
 
 def test_a_killed_step_says_so_and_its_worker_lives(hired: Engine) -> None:
-    words = r"^notes big: its process ended with SIGKILL \(out of memory\?\)$"  # it wrote nothing to see
+    hint = r"\(out of memory\? `deepfusion doctor` says what a run needs\)"
+    words = f"^notes big: its process ended with SIGKILL {hint}$"  # it wrote nothing to see
     with pytest.raises(StepError, match=words):
         note(hired, "x", "killed", item="big").result()
     assert "big.partial" in left(hired.store.root)

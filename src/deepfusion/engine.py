@@ -260,7 +260,7 @@ class Engine:
             return Facts(facts["seconds"], facts["cpu_seconds"], facts["peak_bytes"])
         if facts["error"] is None:
             killed = signal.Signals(-facts["status"]).name if facts["status"] < 0 else f"exit {facts['status']}"
-            hint = " (out of memory?)" if killed == "SIGKILL" else ""
+            hint = " (out of memory? `deepfusion doctor` says what a run needs)" if killed == "SIGKILL" else ""
             raise StepError(f"{step.name}: its process ended with {killed}{hint}", _written(log))
         raise _told(step, facts["error"], _written(log))
 

@@ -73,7 +73,7 @@ def _plain(document: Document, tokenizer: Tokenizer, answer_weight: float, limit
         raise ValueError(
             f"the answer of document {document.id!r} takes {sum(is_answer)} tokens and the context holds {room}: "
             "raise the phase's training.context (as in device.training.context), or set data.source.max_answer_bytes "
-            "to leave such rows out"
+            "to leave such rows out; `deepfusion doctor` finds them all"
         )
     ids, is_answer = ids[-room:], is_answer[-room:]  # a long prompt loses its beginning, never the answer its end
     return [_lesson(ids, [answer_weight if a else 1.0 for a in is_answer], tokenizer, answer_weight)]

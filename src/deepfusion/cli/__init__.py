@@ -1,0 +1,14 @@
+"""The command line: parses, calls, prints; no arithmetic. Everything heavy is imported by the command that needs it."""
+
+from deepfusion.cli import runs  # first: commands are listed as they are met
+
+# isort: split
+from deepfusion.cli import models
+from deepfusion.cli.app import DEBUG, app
+
+__all__ = ["DEBUG", "app", "main", "models", "runs"]
+
+
+def main() -> None:
+    """Entry point of the `deepfusion` command."""
+    app()

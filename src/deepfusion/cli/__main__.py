@@ -1,0 +1,5 @@
+"""`python -m deepfusion.cli`."""
+
+from deepfusion.cli import main
+
+main()
