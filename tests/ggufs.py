@@ -44,6 +44,7 @@ ARCHES: dict[str, tuple[gguf.MODEL_ARCH, Change]] = {
     "llama": (gguf.MODEL_ARCH.LLAMA, _llama),
     "qwen2": (gguf.MODEL_ARCH.QWEN2, _same),
     "qwen3": (gguf.MODEL_ARCH.QWEN3, _same),
+    "gemma2": (gguf.MODEL_ARCH.GEMMA2, _gemma),
     "gemma3_text": (gguf.MODEL_ARCH.GEMMA3, _gemma),
     "gpt2": (gguf.MODEL_ARCH.GPT2, _gpt2),
 }
@@ -78,8 +79,11 @@ def write_gguf(
         if getattr(config, "head_dim", None):
             writer.add_key_length(config.head_dim)
             writer.add_value_length(config.head_dim)
-    if config.model_type == "gemma3_text":
+    if config.model_type.startswith("gemma"):
         writer.add_sliding_window(config.sliding_window)
+    if config.model_type == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
     for key, value in (settings or {}).items():
         {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)](key, value)
     tree = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -113,7 +113,7 @@ def test_an_unknown_architecture_is_named_with_those_that_are_known(source: Path
     file = write_gguf(source, tmp_path / "model.gguf", architecture="mamba")
     assert refused(file) == (
         f"{file} holds a model of architecture 'mamba', which is not among those that can be imported: "
-        "gemma3, gpt2, llama, qwen2, qwen3"
+        "gemma2, gemma3, gpt2, llama, qwen2, qwen3"
     )
 
 

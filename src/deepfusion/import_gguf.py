@@ -37,6 +37,7 @@ ARCHITECTURES = {
     "llama": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "gemma2": "gemma2",
     "gemma3": "gemma3_text",
     "gpt2": "gpt2",
 }
@@ -44,7 +45,9 @@ ARCHITECTURES = {
 # transformers knows others, and takes what it does not know for GPT-2's.
 GPT2_WORDS = {"gpt-2", "phi-2", "mpt", "olmo", "jais"}
 DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
-GEMMA_27B_LAYERS = 62
+LARGEST_GEMMA = {"gemma2": 46, "gemma3_text": 62}  # layers of the 27B
+# Settings that the two call alike.
+_CAPS = {"gemma2.attn_logit_softcapping", "gemma2.final_logit_softcapping"}
 # Settings that repeat what others say, or say nothing of the function that the weights stand for.
 _WITHOUT_EFFECT = {"attention.key_length", "attention.value_length", "rope.dimension_count", "vocab_size"}
 
@@ -88,7 +91,7 @@ def import_gguf(
         )
     if out.exists() and not force:
         raise InputError(f"{out} is there already: give another folder, or --force to replace it")
-    own = {key.removeprefix(f"{architecture}."): value for key, value in told.items() if key.startswith(architecture)}
+    own = {key[len(architecture) + 1 :]: value for key, value in told.items() if key.startswith(f"{architecture}.")}
     notes = [*_passed_over(file, architecture, own), *_unknown_words(told)]
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -153,7 +156,7 @@ def _passed_over(file: Path, architecture: str, own: Mapping[str, Any]) -> Itera
     """
     known = GGUF_CONFIG_MAPPING[architecture].keys() | _WITHOUT_EFFECT
     for key, value in own.items():
-        if key in known:
+        if key in known or f"{architecture}.{key}" in _CAPS:
             continue
         if key.startswith("rope.scaling.") and own.get("rope.scaling.factor", 1) != 1:
             raise InputError(
@@ -179,13 +182,15 @@ def _convert(file: Path, into: Path, dtype: torch.dtype, told: Mapping[str, Any]
             )
     except Exception as error:  # of many kinds, over what the file says
         raise InputError(f"{file} cannot be converted: {' '.join(str(error).split())}") from error
-    model.config.name_or_path = ""  # would name a folder of this machine
+    config = model.config
+    config.name_or_path = ""  # would name a folder of this machine
     for name in ("_model_name_or_path", "unk_token_id"):
-        model.config.__dict__.pop(name, None)
-    if model.config.model_type == "gemma3_text":  # not in the file: llama.cpp knows it by the model's size
-        largest = model.config.num_hidden_layers == GEMMA_27B_LAYERS
-        width = model.config.hidden_size // model.config.num_attention_heads if largest else model.config.head_dim
-        model.config.query_pre_attn_scalar = width
+        config.__dict__.pop(name, None)
+    if config.model_type in LARGEST_GEMMA:  # not in the file: llama.cpp knows it by the model's size
+        largest = config.num_hidden_layers == LARGEST_GEMMA[config.model_type]
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if largest else config.head_dim
+    for key in _CAPS & told.keys():
+        setattr(config, key.removeprefix("gemma2."), told[key])
     _mend_words(tokenizer, told)
     checkpoints.save_model(model, tokenizer, into)
 

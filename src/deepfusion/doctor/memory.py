@@ -8,8 +8,9 @@ from deepfusion.objectives.logits import BLOCK
 from deepfusion.scoring import LOGITS_AT_ONCE
 from deepfusion.weights import BLOCK as WEIGHTS_AT_ONCE
 
-# Of a process that has imported all that a step needs, and what the first training step brings along; measured.
-IMPORTED, TRAINER = 455e6, 70e6
+# Of a process that has imported all that a step needs, and what the first pass of a model brings along, or the first
+# training step; measured.
+IMPORTED, PASSING, TRAINER = 455e6, 35e6, 70e6
 LESSON, TAUGHT = 12, 18  # bytes of a token in a lesson; and of each alternative of its teacher's, raw and in the lesson
 LOSSES = 5  # logits, in float32, in log-probabilities, without what is kept, and their gradients
 SCORES = 3
@@ -21,7 +22,8 @@ def peak(task: Task, recipe: Recipe) -> float:
     shape = task.shape
     text = task.lessons * LESSON + task.taught * task.kept * TAUGHT
     if shape is None:
-        return IMPORTED + (4 * 4 * WEIGHTS_AT_ONCE if task.phase in ("proxy", "materialise") else 0) + text
+        return IMPORTED + text
+    blocks = 4 * 4 * min(WEIGHTS_AT_ONCE, shape.parameters)
     if task.kind == "train":
         assert task.training is not None
         number = size_of(task.training.dtype)
@@ -46,13 +48,14 @@ def peak(task: Task, recipe: Recipe) -> float:
         longest = min(recipe.transfer.max_new_tokens, 10**6)
         cache = task.batch * longest * shape.cached * number
         logits = SCORES * 4 * max(task.batch * shape.vocabulary, min(64 * longest * shape.vocabulary, LOGITS_AT_ONCE))
-        return IMPORTED + 2 * shape.parameters * number + 2 * cache + logits + text  # beside the writer its ancestor
+        held = 2 * shape.parameters * number  # beside the writer its ancestor
+        return IMPORTED + PASSING + held + 2 * cache + logits + text
     if task.phase in ("assemble", "upcycle"):  # what enters each layer is kept, and no head is asked
         states = 2 * 4 * task.batch * shape.config.hidden_size * shape.config.num_hidden_layers
-        return IMPORTED + 4 * shape.parameters + states + 4 * 4 * WEIGHTS_AT_ONCE
+        return IMPORTED + PASSING + 4 * shape.parameters + states + blocks
     if task.kind == "read":
         number = size_of(recipe.evaluate.dtype) if task.phase == "evaluate" else 4
         logits = SCORES * 4 * min(task.batch * shape.vocabulary, LOGITS_AT_ONCE)
         working = task.batch * shape.features / max(1, shape.config.num_hidden_layers) * number
-        return IMPORTED + shape.parameters * number + logits + working + text
-    return IMPORTED + text  # checked tensor by tensor
+        return IMPORTED + PASSING + shape.parameters * number + logits + working + text
+    return IMPORTED + blocks + text  # weights are gone through block by block

@@ -160,14 +160,15 @@ class Workload:
             tokens = device.epochs * (own + replay)
             task = self._training("device", start.shape, device.training, tokens, lessons=own + public)
             yield task if device.method == "full" else self._adapting(task, trained(start, self.recipe))
-        yield Task("upload", 1)
+        largest = max((start.shape for start in self._by_device().values()), key=lambda shape: shape.parameters)
+        yield Task("upload", 1, shape=largest)
         if device.upload == "adapter":
             for start in self._by_device().values():
-                yield Task("materialise", 1, disk=4 * start.shape.parameters)
+                yield Task("materialise", 1, shape=start.shape, disk=4 * start.shape.parameters)
         yield Task("cluster", 1)
         count, members = self._proxies()
         weights = self._mean(lambda start: start.shape.parameters * size_of(self._sent))
-        yield Task("proxy", count, disk=weights if members > 1 else 0)
+        yield Task("proxy", count, shape=largest, disk=weights if members > 1 else 0)
 
     def _transfer(self) -> Iterator[Task]:
         transfer, k = self.recipe.transfer, self.recipe.cluster.k
