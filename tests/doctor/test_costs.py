@@ -73,7 +73,7 @@ def test_a_writer_stands_beside_its_ancestor() -> None:
     large = replace(SHAPE, parameters=10**9)
     write = Task("write", 1, "write", large, 10, batch=4, turns=3)
     assert peak(write, recipe()) == pytest.approx(IMPORTED + PASSING + 8e9, rel=1e-2)
-    assert peak(write, recipe("transfer.dtype=bfloat16")) == pytest.approx(IMPORTED + PASSING + 4e9, rel=1e-2)
+    assert peak(replace(write, dtype="bfloat16"), recipe()) == pytest.approx(IMPORTED + PASSING + 4e9, rel=1e-2)
 
 
 # ── time ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -115,7 +115,7 @@ def test_a_run_takes_its_longest_chain_or_its_share_of_all_work() -> None:
     first = Task("device", 4, "read", SHAPE, 10)
     second = Task("joint", 1, "read", SHAPE, 20)
     aside = Task("dense_kd", 1, "read", SHAPE, 30, own=False)
-    rates = Rates({("read", SHAPE): 1.0})
+    rates = Rates({("read", SHAPE, "float32"): 1.0})
     tasks = [first, second, aside]
 
     def seconds(workers: int) -> float:

@@ -12,7 +12,8 @@ from deepfusion.artifacts import Checkpoint
 from deepfusion.config import Recipe, Runtime
 from deepfusion.doctor import lengths, models
 from deepfusion.doctor import text as texts
-from deepfusion.doctor.work import Task, Workload
+from deepfusion.doctor.extent import Extent
+from deepfusion.doctor.work import Task, worked_out
 from deepfusion.phases.evaluate import evaluate
 from deepfusion.pipeline import run
 from deepfusion.roles import starting_points
@@ -21,7 +22,7 @@ from pico import pico
 from tiny import HERE, recipe
 
 
-def workload(into: Path, *overrides: str) -> Workload:
+def extent(into: Path, *overrides: str) -> Extent:
     chosen = recipe("models.base.make.tokens=100", *overrides)
     reading = texts.read(chosen, into)
     words = [document.text for document in (*reading.public, *reading.questions)]
@@ -32,7 +33,7 @@ def workload(into: Path, *overrides: str) -> Workload:
         if source.make
     }
     of = {start.tokenizer.fingerprint: lengths.Lengths(start.tokenizer) for start in starts.values()}
-    return Workload(chosen, reading, starts, of)
+    return Extent(chosen, reading, starts, of)
 
 
 def by_phase(tasks: list[Task]) -> dict[str, list[Task]]:
@@ -40,9 +41,9 @@ def by_phase(tasks: list[Task]) -> dict[str, list[Task]]:
 
 
 def test_a_device_learns_its_own_text_and_a_share_of_what_is_public(tmp_path: Path) -> None:
-    load = workload(tmp_path, "device.epochs=7", "device.replay=0.5")
+    load = extent(tmp_path, "device.epochs=7", "device.replay=0.5")
     of = starting_points(list(load.text.private), load.recipe.models, 0)
-    for (device, held), task in zip(load.text.private.items(), by_phase(load.tasks())["device"], strict=True):
+    for (device, held), task in zip(load.text.private.items(), by_phase(worked_out(load))["device"], strict=True):
         start = load.starts[f"models.ancestors.{of[device]}"]
         own = sum(len(start.tokenizer.encode(document.text)[0]) + 2 for document in held)
         assert task.tokens == pytest.approx(7 * 1.5 * own)
@@ -50,8 +51,8 @@ def test_a_device_learns_its_own_text_and_a_share_of_what_is_public(tmp_path: Pa
 
 
 def test_an_adapter_is_all_that_a_device_changes(tmp_path: Path) -> None:
-    full = by_phase(workload(tmp_path / "a").tasks())
-    adapted = by_phase(workload(tmp_path / "b", "device.method=lora").tasks())
+    full = by_phase(worked_out(extent(tmp_path / "a")))
+    adapted = by_phase(worked_out(extent(tmp_path / "b", "device.method=lora")))
     whole, part = full["device"][0], adapted["device"][0]
     assert whole.shape == part.shape
     assert part.tokens == whole.tokens
@@ -61,9 +62,9 @@ def test_an_adapter_is_all_that_a_device_changes(tmp_path: Path) -> None:
 
 
 def test_the_servers_budget_is_shared_as_the_recipe_says(tmp_path: Path) -> None:
-    load = workload(tmp_path, "distill.shares={joint: 0.5, branch: 0.3, tune: 0.2}", "distill.budget_tokens=100_000",
+    load = extent(tmp_path, "distill.shares={joint: 0.5, branch: 0.3, tune: 0.2}", "distill.budget_tokens=100_000",
                     "assemble.router=random")  # fmt: skip
-    tasks = by_phase(load.tasks())
+    tasks = by_phase(worked_out(load))
     [joint], [branch], [tune] = tasks["joint"], tasks["branch"], tasks["tune"]
     assert (joint.tokens, branch.tokens, branch.steps) == (50_000, 15_000, 2)
     base = load.starts[models.BASE].shape
@@ -74,8 +75,8 @@ def test_the_servers_budget_is_shared_as_the_recipe_says(tmp_path: Path) -> None
 
 
 def test_what_measuring_the_router_takes_is_taken_from_tuning(tmp_path: Path) -> None:
-    plain = by_phase(workload(tmp_path / "a", "assemble.router=random", "distill.budget_tokens=900_000").tasks())
-    measured = by_phase(workload(tmp_path / "b", "distill.budget_tokens=900_000").tasks())
+    plain = by_phase(worked_out(extent(tmp_path / "a", "assemble.router=random", "distill.budget_tokens=900_000")))
+    measured = by_phase(worked_out(extent(tmp_path / "b", "distill.budget_tokens=900_000")))
     assert plain["assemble"][0].tokens == 0
     assert measured["assemble"][0].tokens == 2 * 2 * 500
     gone = plain["tune"][0].flops - measured["tune"][0].flops
@@ -85,18 +86,18 @@ def test_what_measuring_the_router_takes_is_taken_from_tuning(tmp_path: Path) ->
 def test_phases_that_the_recipe_leaves_out_cost_nothing(tmp_path: Path) -> None:
     overrides = ("transfer.kinds=[public]", "distill.shares={joint: 1, branch: 0, tune: 0}", "evaluate.references=[]")
     assert not {"write", "branch", "tune", "upcycle", "pooled_text", "centralized"} & set(
-        by_phase(workload(tmp_path, *overrides).tasks())
+        by_phase(worked_out(extent(tmp_path, *overrides)))
     )
 
 
 def test_no_training_is_shorter_than_a_batch(tmp_path: Path) -> None:
-    [branch] = by_phase(workload(tmp_path, "distill.budget_tokens=10").tasks())["branch"]
+    [branch] = by_phase(worked_out(extent(tmp_path, "distill.budget_tokens=10")))["branch"]
     assert branch.tokens == 4 * 96
 
 
 def test_evaluation_reads_what_evaluate_reads(tmp_path: Path) -> None:
-    load = workload(tmp_path / "text")
-    tasks = by_phase(load.tasks())["evaluate"]
+    load = extent(tmp_path / "text")
+    tasks = by_phase(worked_out(load))["evaluate"]
     tokens = Counter({task.tokens: task.steps for task in tasks})
     folder = pico("llama", tmp_path / "m", hidden=16, layers=1, heads=2)
     base = load.starts[models.BASE].tokenizer.raw
@@ -111,8 +112,8 @@ def test_evaluation_reads_what_evaluate_reads(tmp_path: Path) -> None:
 
 
 def test_written_text_is_no_longer_than_models_may_write(tmp_path: Path) -> None:
-    short = by_phase(workload(tmp_path / "a", "transfer.max_new_tokens=5", "transfer.kinds=[sampled]").tasks())
-    long = by_phase(workload(tmp_path / "b", "transfer.max_new_tokens=50", "transfer.kinds=[sampled]").tasks())
+    short = by_phase(worked_out(extent(tmp_path / "a", "transfer.max_new_tokens=5", "transfer.kinds=[sampled]")))
+    long = by_phase(worked_out(extent(tmp_path / "b", "transfer.max_new_tokens=50", "transfer.kinds=[sampled]")))
     [few], [many] = short["write"], long["write"]
     assert few.tokens == 2 * 10 * 5  # ten texts a cluster, written once and read by the ancestor once
     assert many.tokens > few.tokens
@@ -120,16 +121,16 @@ def test_written_text_is_no_longer_than_models_may_write(tmp_path: Path) -> None
 
 
 def test_proxies_write_where_the_recipe_says_so(tmp_path: Path) -> None:
-    assert "consult" not in by_phase(workload(tmp_path / "a").tasks())
-    tasks = by_phase(workload(tmp_path / "b", "distill.teachers=proxies", "transfer.writers=proxies").tasks())
+    assert "consult" not in by_phase(worked_out(extent(tmp_path / "a")))
+    tasks = by_phase(worked_out(extent(tmp_path / "b", "distill.teachers=proxies", "transfer.writers=proxies")))
     [consult] = tasks["consult"]
     assert consult.steps == 4  # two lineages in each of two clusters
-    every = by_phase(workload(tmp_path / "c", "distill.objective={kind: vaa, stages: 1}").tasks())
+    every = by_phase(worked_out(extent(tmp_path / "c", "distill.objective={kind: vaa, stages: 1}")))
     assert every["consult"][0].steps == 4
 
 
 def test_a_shifted_teacher_is_paid_by_the_joint_student(tmp_path: Path) -> None:
-    tasks = by_phase(workload(tmp_path, "distill.shifted=true", "distill.budget_tokens=100_000").tasks())
+    tasks = by_phase(worked_out(extent(tmp_path, "distill.shifted=true", "distill.budget_tokens=100_000")))
     [shift], [joint] = tasks["shift"], tasks["joint"]
     assert shift.flops + joint.flops == pytest.approx(0.92 * 6 * 100_000 * joint.shape.active)  # pyright: ignore[reportOptionalMemberAccess]
 

@@ -1,7 +1,7 @@
 """The doctor: looks at a recipe's text, models and machine before anything is trained, and says what a run will cost.
 
 `text` reads what the data step would read, `models` opens what would be taken, `lengths` and `tokenizers` bring the
-two together; `work` says what each phase has to do, `memory`, `timing` and `costs` what that takes, `machine` what
+two together; `extent` and `work` say what each phase has to do, `memory`, `timing` and `costs` what that takes, `machine` what
 there is.
 """
 
@@ -17,11 +17,12 @@ from deepfusion.config import Recipe, Runtime
 from deepfusion.data.tokens import Tokenizer
 from deepfusion.doctor import costs, lengths, machine, models, text, timing, tokenizers
 from deepfusion.doctor.diagnosis import Check, Cost, Diagnosis, Machine
+from deepfusion.doctor.extent import Extent
 from deepfusion.doctor.memory import peak
 from deepfusion.doctor.models import BASE, Start
 from deepfusion.doctor.text import Reading
 from deepfusion.doctor.timing import Rates
-from deepfusion.doctor.work import Task, Workload, size_of
+from deepfusion.doctor.work import Task, size_of, worked_out
 from deepfusion.inputs import missing
 
 __all__ = ["Check", "Cost", "Diagnosis", "Machine", "examine"]
@@ -100,7 +101,7 @@ def _inputs(recipe: Recipe, scratch: Path) -> tuple[list[Check], list[Task]]:
     found += tokenizers.checks(starts, reading.public)
     measured = {start.tokenizer.fingerprint: lengths.Lengths(start.tokenizer) for start in starts.values()}
     found += lengths.checks(reading, starts, measured, recipe)
-    return found, [] if base.state == "problem" else Workload(recipe, reading, starts, measured).tasks()
+    return found, [] if base.state == "problem" else worked_out(Extent(recipe, reading, starts, measured))
 
 
 def _encoder(recipe: Recipe) -> Iterator[Check]:

@@ -44,7 +44,7 @@ def peak(task: Task, recipe: Recipe) -> float:
         logits = LOSSES * 4 * min(tokens * shape.vocabulary, BLOCK)
         return IMPORTED + TRAINER + states + kept + mask + logits + text
     if task.kind == "write":
-        number = size_of(recipe.transfer.dtype)
+        number = size_of(task.dtype)
         longest = min(recipe.transfer.max_new_tokens, 10**6)
         cache = task.batch * longest * shape.cached * number
         logits = SCORES * 4 * max(task.batch * shape.vocabulary, min(64 * longest * shape.vocabulary, LOGITS_AT_ONCE))
@@ -54,7 +54,7 @@ def peak(task: Task, recipe: Recipe) -> float:
         states = 2 * 4 * task.batch * shape.config.hidden_size * shape.config.num_hidden_layers
         return IMPORTED + PASSING + 4 * shape.parameters + states + blocks
     if task.kind == "read":
-        number = size_of(recipe.evaluate.dtype) if task.phase == "evaluate" else 4
+        number = size_of(task.dtype)
         logits = SCORES * 4 * min(task.batch * shape.vocabulary, LOGITS_AT_ONCE)
         working = task.batch * shape.features / max(1, shape.config.num_hidden_layers) * number
         return IMPORTED + PASSING + shape.parameters * number + logits + working + text

@@ -25,6 +25,7 @@ from deepfusion.weights import digest
 BASE = "models.base"
 # Above these, what was found for models made on the spot is wrong for one that was trained elsewhere.
 PRETRAINED_PARAMETERS, PRETRAINED_RATE = 10_000_000, 5e-4
+ADAPTER_RATE = 2e-3  # adapters bear more
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ def trainings(starts: Mapping[str, Start], recipe: Recipe) -> Iterator[Check]:
     for section, (phase, trained) in sections.items():
         training = phase.training
         known = [start.key for start in trained if start.folder and start.shape.parameters >= PRETRAINED_PARAMETERS]
-        if known and training.learning_rate > PRETRAINED_RATE:
+        most = ADAPTER_RATE if section == "device" and recipe.device.method != "full" else PRETRAINED_RATE
+        if known and training.learning_rate > most:
             yield Check(
                 "training", f"{section}.training", "warning",
                 f"learning_rate {training.learning_rate:g} was found for tiny models, and is much for {joined(known)}",

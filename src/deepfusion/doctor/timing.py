@@ -47,9 +47,9 @@ class Rates:
             steps = task.tokens / (task.training.rows * task.training.context)
             return STARTED + UNDER_WAY + steps * self.of[_key(task)]
         if task.kind == "write":
-            reading = (task.tokens / 2) * self.of[_read_key(task.shape)]
+            reading = (task.tokens / 2) * self.of[_read_key(task)]
             return STARTED + task.turns * self.of[_key(task)] + reading
-        return STARTED + task.tokens * self.of[_read_key(task.shape)]
+        return STARTED + task.tokens * self.of[_read_key(task)]
 
 
 def _key(task: Task) -> tuple[object, ...]:
@@ -59,8 +59,8 @@ def _key(task: Task) -> tuple[object, ...]:
     return (task.kind, task.shape, task.batch, task.adapter, *how)
 
 
-def _read_key(shape: Shape) -> tuple[object, ...]:
-    return ("read", shape)
+def _read_key(task: Task) -> tuple[object, ...]:
+    return ("read", task.shape, task.dtype)
 
 
 def measure(tasks: Sequence[Task], recipe: Recipe, runtime: Runtime) -> Rates:
@@ -74,14 +74,14 @@ def measure(tasks: Sequence[Task], recipe: Recipe, runtime: Runtime) -> Rates:
     for task in tasks:
         if task.shape is None or not task.tokens:
             continue
-        if task.kind != "train" and _read_key(task.shape) not in of:
-            of[_read_key(task.shape)] = _reading(task.shape, runtime)
+        if task.kind != "train" and _read_key(task) not in of:
+            of[_read_key(task)] = _reading(task.shape, task.dtype, runtime)
         if task.kind == "train" and _key(task) not in of:
             assert task.training is not None
             lora = recipe.device.lora if task.adapter else None
             of[_key(task)] = _training(task.shape, task.training, lora, runtime)
         if task.kind == "write" and _key(task) not in of:
-            of[_key(task)] = _writing(task.shape, task.batch, recipe.transfer.dtype, runtime)
+            of[_key(task)] = _writing(task.shape, task.batch, task.dtype, runtime)
     return Rates(of)
 
 
@@ -135,9 +135,9 @@ def _batch(rows: int, context: int, vocabulary: int, runtime: Runtime) -> dict[s
 
 
 @torch.inference_mode()
-def _reading(shape: Shape, runtime: Runtime) -> float:
+def _reading(shape: Shape, dtype: str, runtime: Runtime) -> float:
     """Seconds a token takes forward."""
-    model, share = _model(shape, "float32", runtime)
+    model, share = _model(shape, dtype, runtime)
     length = _longest(shape, 128)
     rows = int(min(32, max(1, FLOPS / (2 * shape.active * share * length))))
     ids = torch.ones(rows, length, dtype=torch.int64, device=runtime.accelerator)
