@@ -1,8 +1,8 @@
 """The doctor: looks at a recipe's text, models and machine before anything is trained, and says what a run will cost.
 
 `text` reads what the data step would read, `models` opens what would be taken, `lengths` and `tokenizers` bring the
-two together; `extent` and `work` say what each phase has to do, `memory`, `timing` and `costs` what that takes, `machine` what
-there is.
+two together; `extent` and `work` say what each phase has to do, `memory`, `timing` and `costs` what that takes,
+`machine` what there is.
 """
 
 from __future__ import annotations
