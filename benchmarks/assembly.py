@@ -6,7 +6,8 @@ Makes one student of Qwen1.5-1.8B's shape with random weights, links it fifteen 
 `qwen1.5-moe-a2.7b`: 14.3 billion parameters, 28.6 GB. Then averages four such models, of different weights. Each thing
 is done in a process of its own, whose peak memory (VmHWM) is told, after a sync, with the files that it reads dropped
 from the page cache; and it is over when what it wrote is synced. Copying is reading and writing 16 MiB at a time, so
-that no file system can merely link. Needs about 62 GB of disk, and leaves nothing there. Linux only.
+that no file system can merely link; of the copies, the last four files stay, removing the others is not counted. Needs
+about 38 GB of disk, and leaves nothing there. Linux only.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 from seeds import commit, machine
 
 PRESET, CLUSTERS, PROXIES = "qwen1.5-moe-a2.7b", 15, 4
-BUFFER = 2**24
+BUFFER, KEPT = 2**24, 4
 
 
 def main() -> None:
@@ -45,8 +46,9 @@ def main() -> None:
         return
     shutil.rmtree(arguments.folder, ignore_errors=True)
     arguments.folder.mkdir(parents=True)
+    load = os.getloadavg()[0]
     try:
-        text = report(arguments.layers, measured(arguments.folder, arguments.layers))
+        text = report(arguments.layers, measured(arguments.folder, arguments.layers), load)
     finally:
         shutil.rmtree(arguments.folder)
     print(text)
@@ -55,7 +57,7 @@ def main() -> None:
 
 
 def measured(folder: Path, layers: int) -> dict[str, dict[str, Any]]:
-    """All measurements; at most the students, an MoE and its copy are on disk together."""
+    """All measurements; at most the students, an MoE and some of its copy are on disk together."""
     models = [folder / f"model-{number}" for number in range(PROXIES)]
     students = [folder / f"student-{number}" for number in range(CLUSTERS)]
     moe, mean, copy = folder / "moe", folder / "mean", folder / "copy"
@@ -176,13 +178,19 @@ def copy(into: Path, first: Path, *others: Path) -> dict[str, Any]:
     """Copy the first checkpoint; read the others."""
     into.mkdir()
     began = start([first, *others])
-    buffer = memoryview(bytearray(BUFFER))
+    buffer, copied = memoryview(bytearray(BUFFER)), 0
     for file in weights([first, *others]):
         target = into / file.name if file.parent == first else Path(os.devnull)
         with file.open("rb", buffering=0) as source, target.open("wb", buffering=0) as sink:
             while count := source.readinto(buffer):
                 sink.write(buffer[:count])
-    return taken(began, [into])
+                copied += count if file.parent == first else 0
+        for old in weights([into])[:-KEPT]:
+            synced(old)
+            paused = time.monotonic()
+            old.unlink()
+            began += time.monotonic() - paused
+    return taken(began, [into]) | {"bytes": copied}
 
 
 MEASURED = {"make": make, "assemble": assemble, "seal": seal, "average": average, "copy": copy}
@@ -201,9 +209,14 @@ def taken(began: float, folders: Sequence[Path]) -> dict[str, float]:
     """Seconds until what was written is on disk, and its bytes."""
     files = weights(folders)
     for file in files:
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
+        synced(file)
     return {"seconds": time.monotonic() - began, "bytes": sum(file.stat().st_size for file in files)}
+
+
+def synced(file: Path) -> None:
+    """Have it on disk."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def weights(folders: Sequence[Path]) -> list[Path]:
@@ -226,45 +239,41 @@ def processor() -> float:
 # ── the page ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def report(layers: int, found: dict[str, dict[str, Any]]) -> str:
+def report(layers: int, found: dict[str, dict[str, Any]], load: float) -> str:
     """The Markdown page."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "safetensors"))
-    shape = found["seal"]
+    moe = found["seal"]
     lines = [
         "# Assembly and averaging at industrial size",
         "",
         f"    python benchmarks/assembly.py{'' if layers == 24 else f' --layers {layers}'}",
         "",
-        f"{machine()} Versions: python {sys.version.split()[0]}, {versions}. Commit {commit()}.",
+        f"{machine()} Load average when it began: {load:.1f}. Versions: python {sys.version.split()[0]}, {versions}.",
+        f"Commit {commit()}.",
         "",
-        f"{CLUSTERS} students of Qwen1.5-1.8B's shape with {layers} layers (bfloat16, hard links of one file) become an"
-        f" MoE of the preset `{PRESET}`: {shape['parameters'] / 1e9:.2f} billion parameters, of which "
-        f"{shape['active'] / 1e9:.2f} active. {PROXIES} models of that shape, of different weights, are averaged. "
-        "Every line is a process of its own; before it, what it reads is dropped from the page cache; its time ends "
-        "when what it wrote is synced to disk. Copying is reading and writing 16 MiB at a time.",
+        f"{CLUSTERS} students of Qwen1.5-1.8B's shape, {layers} layers, bfloat16, hard links of one file, become an",
+        f"MoE of the preset `{PRESET}`: {moe['parameters'] / 1e9:.2f} billion parameters, {moe['active'] / 1e9:.2f}",
+        f"active. {PROXIES} models of that shape, of different weights, are averaged. Every line is a process of its",
+        "own. Before it, what it reads is dropped from the page cache; its time ends when what it wrote is synced.",
+        "Copying is reading and writing 16 MiB at a time.",
         "",
         "| | GB written | seconds | MB/s | processor, seconds | peak memory, GiB |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, facts in found.items():
-        size = 0.0 if name == "seal" else facts["bytes"] / 1e9
-        speed = facts["bytes"] / 1e6 / facts["seconds"]
-        cells = (
-            f"{size:.2f}",
-            f"{facts['seconds']:.1f}",
-            f"{speed:.0f}",
-            f"{facts['processor']:.1f}",
-            f"{facts['peak'] / 2**30:.2f}",
+        written = "none" if name == "seal" else f"{facts['bytes'] / 1e9:.2f}"
+        speed, peaked = facts["bytes"] / 1e6 / facts["seconds"], facts["peak"] / 2**30
+        lines.append(
+            f"| {name} | {written} | {facts['seconds']:.1f} | {speed:.0f} | {facts['processor']:.1f} | {peaked:.2f} |"
         )
-        lines.append(f"| {name} | {' | '.join(cells)} |")
     lines.append("")
     for done, copied in (("assemble", "copy the MoE"), ("average", "copy one, read all")):
         ratio = found[copied]["seconds"] / found[done]["seconds"]
-        lines.append(f"Throughput of `{done}` relative to `{copied}`: **{ratio:.2f}**.")
+        lines.append(f"- Throughput of *{done}* relative to *{copied}*: **{ratio:.2f}**")
     lines += [
         "",
-        "`seal` is the SHA-256 over all files that makes the result an artifact, and reads them once. A run takes it "
-        "twice.",
+        "*seal* is the SHA-256 over all files that makes the result an artifact, and reads them once; a run takes it",
+        "when the step ends and again when the store takes over. Processor time and memory include Python.",
         "",
     ]
     return "\n".join(lines)
