@@ -254,6 +254,10 @@ def test_a_shape_that_cannot_be_is_found_before_it_is_made(shape: str, message: 
     ("setting", "message"),
     [
         ("{kind: vaa, width: 10}", "distill.objective: width 10 is not a multiple of heads 4"),
+        ("{kind: vaa, attention: true, matching: relational}", "objective: matching relational has nothing to train: "),
+        ("{kind: vaa, attention: false, matching: relational, warmup: 1}", "set attention: false and leave warmup out"),
+        ("{kind: vaa, attention: false, causal: true}", "objective: causal is about attention: set attention: true"),
+        ("{kind: vaa, attention: false, residual: true}", "objective: residual is about attention: "),
         ("{kind: vaa, stages: 4}", "distill.objective.stages is 4 but models.base has only 3 layers"),
     ],
 )

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from deepfusion.losses import (
     chunked_losses,
     cross_entropy,
+    feature_cosine,
     feature_mse,
+    feature_relations,
     kl_divergence,
     span_divergence,
     span_likelihood,
@@ -182,6 +184,33 @@ def test_no_chunks():
 
 def test_feature_mse():
     assert feature_mse(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])).item() == pytest.approx(2.5)
+
+
+def test_feature_cosine():
+    found = feature_cosine(torch.tensor([[3.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 1.0], [0.0, 5.0]]))
+    assert found.item() == pytest.approx((1 - 2**-0.5) / 2)
+
+
+def test_feature_relations_by_hand():
+    # Around their means: -1, 1, 0 and 2, -1, -1; so the cosines of the pairs 12, 13, 23 are -1, 0, 0 and -1, -1, 1.
+    student, teacher = torch.tensor([[4.0], [6.0], [5.0]]), torch.tensor([[3.0], [0.0], [0.0]])
+    assert feature_relations(student, teacher).item() == pytest.approx((0 + 1 + 1) / 3)
+    assert feature_relations(student[:1], teacher[:1]).item() == 0
+
+
+def test_feature_relations_know_no_place_size_turn_or_width():
+    torch.manual_seed(0)
+    features = torch.randn(6, 4)
+    turn = torch.linalg.qr(torch.randn(7, 7)).Q[:4]
+    assert feature_relations(features, 5 * features @ turn + 2).item() == pytest.approx(0, abs=1e-10)
+    assert feature_relations(features, torch.randn(6, 4)).item() > 0.1
+
+
+def test_feature_relations_of_equal_vectors_have_a_gradient():
+    features = torch.ones(3, 2, requires_grad=True)
+    feature_relations(features, torch.eye(3)).backward()
+    assert features.grad is not None
+    assert features.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("block", [1, 4, 10, 50])

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import log_softmax, mse_loss
+from torch.nn.functional import cosine_similarity, log_softmax, mse_loss, normalize
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
@@ -144,6 +144,24 @@ def span_likelihood(
 def feature_mse(student: Float[Tensor, "*shape"], teacher: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
     """Mean squared difference over every element (one stage's summand of Eq. 9)."""
     return mse_loss(student.float(), teacher.float())
+
+
+def feature_cosine(student: Float[Tensor, "*shape width"], teacher: Float[Tensor, "*shape width"]) -> Float[Tensor, ""]:
+    """Mean over vectors of 1 − cosine."""
+    return 1 - cosine_similarity(student.float(), teacher.float(), dim=-1).mean()
+
+
+def feature_relations(
+    student: Float[Tensor, "vectors student_width"], teacher: Float[Tensor, "vectors teacher_width"]
+) -> Float[Tensor, ""]:
+    """How differently two models see which vectors are alike: no projection between their widths is needed.
+
+    The cosines of all pairs of vectors, each model's counted from its own mean vector; mean squared difference between
+    the two models' over all pairs (as in similarity-preserving distillation, arXiv 1907.09682). 0 of fewer than two.
+    """
+    ours, theirs = (normalize(side - side.mean(0), dim=-1) for side in (student.float(), teacher.float()))
+    pairs = max(1, len(ours) * (len(ours) - 1))
+    return (ours @ ours.T - theirs @ theirs.T).fill_diagonal_(0).square().sum() / pairs
 
 
 def chunked_losses(

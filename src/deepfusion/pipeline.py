@@ -186,7 +186,7 @@ class _Method:
         teachings = [
             self.go(
                 Teaching, "consult", teacher.name, teacher=teacher.model, cluster=teacher.cluster, transfer=transfer,
-                config=recipe.distill, priority=FIRST,
+                config=recipe.distill.consultation, priority=FIRST,
             )
             for teacher in roles.consulted(own, proxies, recipe)
         ]  # fmt: skip

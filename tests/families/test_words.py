@@ -86,7 +86,8 @@ def taught(made: Made, private: Corpus, tmp_path_factory: pytest.TempPathFactory
     proxy = average([upload, upload], 0, ProxyPhase(), into=folder(root / "proxy"))
     text = transfer(folder(root / "text"))
     asking = DistillPhase(objective=OBJECTIVE, training=FAST, teacher_top_k=5)
-    return Taught(ancestor, upload, text, consult(proxy, 0, text, asking, into=folder(root / "told"), runtime=HERE))
+    told = consult(proxy, 0, text, asking.consultation, into=folder(root / "told"), runtime=HERE)
+    return Taught(ancestor, upload, text, told)
 
 
 def test_a_device_trains_it(taught: Taught, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from deepfusion.alignment import patch_membership
 from deepfusion.config import LogitsObjective, VAAObjective
 from deepfusion.objectives import VAA, Logits, Predictions, build_objective
-from deepfusion.objectives.vaa import pool, pool_patches, stage_ends, standardise
+from deepfusion.objectives.vaa import pool, pool_patches, prepared, stage_ends, standardise, teacher_layers
 
 torch.set_num_threads(1)
 
@@ -81,6 +81,17 @@ def test_standardise():
     assert found.tolist() == [[[[-1, 0]], [[1, -1]]], [[[1, 0]], [[-1, 1]]]]
 
 
+def test_what_is_kept_of_a_teacher():
+    assert teacher_layers(7, config(stages=3).features) == [2, 4, 7]
+    assert teacher_layers(7, config(stages=3, teacher_layers="last").features) == [7, 7, 7]
+    features = torch.tensor([[[[1.0, 5.0]], [[30_000.0, 0.0]]]])
+    assert prepared(features, "none").tolist() == features.tolist()
+    assert prepared(features, "dimension").tolist() == [[[[0, 0]], [[0, 0]]]]
+    torch.testing.assert_close(prepared(features, "layer_norm"), torch.tensor([[[[-1.0, 1.0]], [[1.0, -1.0]]]]))
+    with pytest.raises(ValueError, match=r"features reach 9e\+04, too much for float16: set objective.standardise"):
+        prepared(3 * features, "none")
+
+
 # ── feature matching ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -89,12 +100,16 @@ def fill(module: nn.Module, value: float) -> None:
         nn.init.constant_(parameter, 0.0 if name.endswith("bias") else value)
 
 
-@pytest.mark.parametrize("attention", [True, False])
-def test_feature_matching_by_hand(attention: bool):
-    # One stage, one document, two patches, every width 1, one token a patch with states 1 and 3.
-    found = VAA(config(stages=1, width=1, heads=1, attention=attention), 1, {"t": 1}, 1)
+# Eq. 8 of two patches with states 1 and 3, all widths 1: the first attends with weights softmax(1·1, 1·3), the second
+# with softmax(3·1, 3·3).
+FIRST, SECOND = (1 + 2 * torch.sigmoid(torch.tensor(gap)).item() for gap in (2.0, 6.0))
+
+
+def by_hand(**fields: object) -> float:
+    """FM of one stage, one document of two patches, a token each with states 1 and 3; the teacher's features are 1."""
+    found = VAA(config(stages=1, width=1, heads=1, **fields), 1, {"t": 1}, 1)
     fill(found, 1.0)
-    fields = {
+    batch = {
         "patch_documents": torch.zeros(1),
         "pool_token": torch.tensor([0, 1]),
         "pool_slot": torch.tensor([0, 1]),
@@ -102,16 +117,92 @@ def test_feature_matching_by_hand(attention: bool):
         "features_document:t": torch.tensor([0]),
     }
     state = torch.tensor([[[1.0], [3.0]]])
-    # Eq. 8: patch 0 attends with weights softmax(1·1, 1·3), patch 1 with softmax(3·1, 3·3).
-    first, second = (1 + 2 * torch.sigmoid(torch.tensor(gap)).item() for gap in (2.0, 6.0))
-    expected = ((first - 1) ** 2 + (second - 1) ** 2) / 2 if attention else 2.0
-    assert found.feature_matching(fields, [state, state]).item() == pytest.approx(expected, rel=1e-5)
+    return found.feature_matching(batch, [state, state]).item()
+
+
+@pytest.mark.parametrize(
+    ("fields", "aligned"),
+    [
+        ({}, (FIRST, SECOND)),
+        ({"attention": False}, (1, 3)),
+        ({"causal": True}, (1, SECOND)),  # the first patch sees itself alone
+        ({"residual": True}, (1 + FIRST, 3 + SECOND)),
+        ({"causal": True, "residual": True}, (2, 3 + SECOND)),
+    ],
+)
+def test_feature_matching_by_hand(fields: dict[str, object], aligned: tuple[float, float]):
+    assert by_hand(**fields) == pytest.approx(sum((value - 1) ** 2 for value in aligned) / 2, rel=1e-5)
+    assert by_hand(matching="cosine", **fields) == pytest.approx(0, abs=1e-6)
+
+
+def test_causal_attention_follows_the_text_through_all_stages():
+    student, fields, vaa = Student(), batch(), objective(causal=True)
+    _, states = student(fields["input_ids"])
+    stages = [stage.detach().clone().requires_grad_() for stage in vaa._stages(fields, states)]
+    assert vaa.attention is not None
+    aligned = vaa.attention(stages)
+    for patch, sees in ((0, [True, False]), (1, [True, True])):
+        for stage in (0, 1):
+            gradients = torch.autograd.grad(aligned[stage][0, patch].sum(), stages, retain_graph=True)
+            assert [bool(g[0, p].abs().sum()) for g in gradients for p in (0, 1)] == sees * 2
+
+
+def test_cosines_are_means_over_patches_and_sums_over_stages():
+    student, fields, found = Student(), batch(), objective(matching="cosine", attention=False)
+    _, states = student(fields["input_ids"])
+    assert found.attention is not None
+    mapped = found.attention.project(found.attention(found._stages(fields, states)), "gpt2-a.b")
+    cosines = torch.cosine_similarity(torch.stack(mapped, 1), fields["features:gpt2-a.b"], dim=-1)
+    torch.testing.assert_close(found.feature_matching(fields, states), 2 - cosines[:, 0].mean() - cosines[:, 1].mean())
+
+
+def test_relations_need_no_projection():
+    # Three patches of two documents, states 4, 6 and 5; see the same numbers in test_losses.py.
+    found = VAA(config(stages=1, patches=1, matching="relational", attention=False), 1, {}, 1)
+    assert not list(found.parameters())
+    state = torch.tensor([[[4.0], [6.0]], [[5.0], [0.0]]], requires_grad=True)
+    fields = {
+        "patch_documents": torch.zeros(3),
+        "pool_token": torch.tensor([0, 1, 2]),
+        "pool_slot": torch.tensor([0, 1, 2]),
+        "features:t": torch.tensor([[[[3.0]]], [[[0.0]]], [[[0.0]]]]),
+        "features_document:t": torch.tensor([0, 1, 2]),
+    }
+    loss = found.feature_matching(fields, [state, state])
+    assert loss.item() == pytest.approx(2 / 3)
+    # A lineage of its own relates to no other: two patches, opposite to each other in any model, and one.
+    fields |= {"features:t": fields["features:t"][:2], "features_document:t": torch.tensor([0, 1])}
+    fields |= {"features:u": torch.tensor([[[[9.0]]]]), "features_document:u": torch.tensor([2])}
+    assert found.feature_matching(fields, [state, state]).item() == pytest.approx(0)
+
+
+def test_while_projections_warm_up_the_student_does_not_learn_of_features():
+    student, fields, vaa = Student(), batch(), objective(warmup=2)
+
+    def moved() -> bool:
+        logits, states = student(fields["input_ids"])
+        terms = vaa(fields, Predictions.of(logits), states)
+        student.zero_grad()
+        (terms["loss"] - Logits(vaa.config)(fields, Predictions.of(logits))["loss"]).backward()
+        weight = student.layers[0].weight
+        assert isinstance(weight, Tensor)
+        return weight.grad is not None and bool(weight.grad.abs().max() > 1e-6)
+
+    assert not moved()
+    vaa.eval()
+    assert moved()  # what is only looked at is no step
+    vaa.train()
+    assert [moved(), moved(), moved()] == [False, True, True]
+    resumed = objective(warmup=2)
+    resumed.load_state_dict(vaa.state_dict())
+    assert resumed.taken == 4
 
 
 def test_without_attention_it_is_plain_projection():
     student, fields, plain = Student(), batch(), objective(attention=False)
     _, states = student(fields["input_ids"])
     total = 0.0
+    assert plain.attention is not None
     for stage, end in enumerate((1, 2)):
         pooled = states[end].unflatten(1, (2, 2)).mean(2)
         convolution = plain.attention.convolutions[stage]
@@ -127,6 +218,7 @@ def test_attention_joins_the_stages_of_a_document_and_nothing_else():
     early = states[1].detach().clone().requires_grad_()
     fields["features_document:gpt2-a.b"] = torch.tensor([1])
     fields["features:gpt2-a.b"] = fields["features:gpt2-a.b"][:1]
+    assert vaa.attention is not None
     aligned = vaa.attention(vaa._stages(fields, (states[0], early, states[2].detach())))
     (gradient,) = torch.autograd.grad(aligned[1][1].sum(), early)
     assert gradient[1].abs().sum() > 0

@@ -9,7 +9,7 @@ import torch
 from deepfusion.alignment import patch_membership
 from deepfusion.artifacts import Checkpoint, Proxy, Teaching, TransferSet, Upload, Work
 from deepfusion.checkpoints import open_model, open_tokenizer
-from deepfusion.config import DistillPhase, LogitsObjective, ProxyPhase, VAAObjective
+from deepfusion.config import Consultation, DistillPhase, LogitsObjective, ProxyPhase, VAAObjective
 from deepfusion.data.documents import TransferDocument, read_jsonl, write_jsonl
 from deepfusion.data.tokens import Tokenizer
 from deepfusion.families import family
@@ -42,7 +42,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def asked(world: World, teacher: Upload | Proxy, into: Path, config: DistillPhase = PLAIN) -> tuple[Teaching, Signals]:
-    told = consult(teacher, 0, world.transfer, config, into=folder(into), runtime=HERE)
+    told = consult(teacher, 0, world.transfer, config.consultation, into=folder(into), runtime=HERE)
     return told, Signals.load(told.signals)
 
 
@@ -98,7 +98,7 @@ def test_what_is_kept_is_what_the_teacher_says(top_k: int | None, world: World, 
 
 
 def test_features_are_stages_pooled_over_patches(world: World, tmp_path: Path) -> None:
-    objective = VAAObjective(stages=1, patches=2, standardise=False)
+    objective = VAAObjective(stages=1, patches=2, standardise="none")
     _, signals = asked(world, world.proxy, tmp_path, VAA.model_copy(update={"objective": objective}))
     model, tokenizer = open_model(world.proxy.model), Tokenizer(open_tokenizer(world.proxy.model))
     text = PUBLIC[0][1]
@@ -121,6 +121,29 @@ def test_features_are_standardised_over_documents(world: World, tmp_path: Path) 
     np.testing.assert_allclose(features.std((0, 2)), 1, atol=0.15)
 
 
+def test_features_can_be_standardised_by_patch(world: World, tmp_path: Path) -> None:
+    objective = VAAObjective(stages=1, patches=2, standardise="layer_norm")
+    _, signals = asked(world, world.proxy, tmp_path, VAA.model_copy(update={"objective": objective}))
+    features = np.stack([np.asarray(signal.features, np.float32) for signal in signals.of.values()])
+    np.testing.assert_allclose(features.mean(-1), 0, atol=1e-3)
+    np.testing.assert_allclose(features.std(-1), 1, atol=1e-2)
+
+
+def test_what_teachers_are_asked_does_not_depend_on_what_is_made_of_it() -> None:
+    """So that a recipe which differs in that alone finds the same answers."""
+    plain = PLAIN.consultation
+    assert plain == PLAIN.model_copy(update={"budget_tokens": 7, "objective": LogitsObjective(beta=9)}).consultation
+    assert plain != PLAIN.model_copy(update={"teacher_top_k": 6}).consultation
+
+    def wanted(**fields: object) -> Consultation:
+        return DistillPhase(objective=VAAObjective.model_validate(fields)).consultation
+
+    for same in ({"alpha": 9.0}, {"matching": "cosine"}, {"attention": False}, {"width": 8}, {"warmup": 3}):
+        assert wanted(**same) == wanted()
+    for other in ({"stages": 1}, {"patches": 3}, {"standardise": "none"}, {"teacher_layers": "last"}):
+        assert wanted(**other) != wanted()
+
+
 def test_what_others_wrote_and_a_teacher_cannot_spell_it_is_not_asked(world: World, tmp_path: Path) -> None:
     odd = TransferDocument(id="odd", domain="x", answer="Cafe\u0301.", kind="sampled", writer="d-odd", cluster=0)
     made = world.transfer.model_copy(update={"folder": folder(tmp_path / "transfer")})
@@ -128,7 +151,7 @@ def test_what_others_wrote_and_a_teacher_cannot_spell_it_is_not_asked(world: Wor
     proxy = world.proxy.model_copy(update={"folder": tmp_path / "proxy"})
     shutil.copytree(world.proxy.model, proxy.model)
     for number, ids in enumerate((["d-law/a0", "d-law/a1", "odd"], ["d-law/a0", "d-law/a1"])):
-        told = consult(proxy, 0, made, PLAIN, into=folder(tmp_path / str(number)), runtime=HERE)
+        told = consult(proxy, 0, made, PLAIN.consultation, into=folder(tmp_path / str(number)), runtime=HERE)
         assert list(Signals.load(told.signals).of)[len(PUBLIC) :] == ids
         normalise(proxy.model)
 
@@ -188,7 +211,7 @@ def test_what_was_noted_while_writing_stays_with_what_was_written(world: World, 
     }
     Signals(kept.tokenizer, kept.lineage, of).save(into / "signals" / f"{name}.safetensors")
     made = world.transfer.model_copy(update={"folder": into})
-    told = consult(world.proxy, 0, made, PLAIN, into=folder(tmp_path / "told"), runtime=HERE)
+    told = consult(world.proxy, 0, made, PLAIN.consultation, into=folder(tmp_path / "told"), runtime=HERE)
     signals = Signals.load(told.signals).of
     assert [name for name, signal in signals.items() if signal.gain is not None] == ["d-law/a0", "d-law/a1"]
     for document, signal in of.items():

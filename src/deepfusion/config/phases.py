@@ -124,6 +124,15 @@ class LogitsObjective(Section):
     """τ of the span likelihood (arXiv 2503.20083)."""
 
 
+class Features(Section):
+    """What is kept of a teacher's hidden states; `VAAObjective` has a sentence on each."""
+
+    stages: int
+    patches: int
+    teacher_layers: Literal["stage_ends", "last"]
+    standardise: Literal["none", "dimension", "layer_norm"]
+
+
 class VAAObjective(LogitsObjective):
     """CE + α·feature matching through View-Aligned Attention + β·KL (Eq. 7-11)."""
 
@@ -134,20 +143,49 @@ class VAAObjective(LogitsObjective):
     """Number of representation stages J."""
     patches: int = Field(default=8, ge=1)
     """Patches per stage and document: P_q = J × patches."""
+    teacher_layers: Literal["stage_ends", "last"] = "stage_ends"
+    """The teacher's layer that stage j of the student is to match: the one that ends the teacher's own stage j, or its
+    last one for every j."""
+    standardise: Literal["none", "dimension", "layer_norm"] = "dimension"
+    """What is done to a teacher's features, which reach 30,000 in some families: none (the paper); dimension: mean 0
+    and deviation 1 of each dimension over all patches of all documents; layer_norm: the same of each patch over all
+    dimensions."""
+    matching: Literal["mse", "cosine", "relational"] = "mse"
+    """mse: mean squared difference (Eq. 9); cosine: 1 − cosine of each patch; relational: squared difference between
+    the cosines of all patches of a batch to each other, which takes no projection and no attention."""
     width: int = Field(default=64, ge=1)
     """Attention width d."""
     heads: int = Field(default=4, ge=1)
     """Attention heads."""
     attention: bool = True
     """False leaves out Eq. 8: projection alone."""
-    standardise: bool = True
-    """Standardise teacher features per dimension; they reach 30,000 in some families."""
+    causal: bool = False
+    """In Eq. 8, a patch sees only patches that begin where it does or earlier in the text, of every stage."""
+    residual: bool = False
+    """Add to what Eq. 8 gives what it was given; the paper does not."""
+    warmup: int = Field(default=0, ge=0)
+    """Steps in which the projections learn to read the student's features, which do not change for them yet."""
 
     @model_validator(mode="after")
-    def _heads_of_equal_width(self) -> Self:
+    def _fitting(self) -> Self:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}: change either")
+        if self.matching == "relational" and (self.attention or self.warmup):
+            raise ValueError("matching relational has nothing to train: set attention: false and leave warmup out")
+        for field in ("causal", "residual"):
+            if getattr(self, field) and not self.attention:
+                raise ValueError(f"{field} is about attention: set attention: true or leave {field} out")
         return self
+
+    @property
+    def features(self) -> Features:
+        """What is wanted of teachers."""
+        return Features(
+            stages=self.stages,
+            patches=self.patches,
+            teacher_layers=self.teacher_layers,
+            standardise=self.standardise,
+        )
 
 
 Objective = Annotated[LogitsObjective | VAAObjective, Field(discriminator="kind")]
@@ -168,6 +206,13 @@ class Shares(Section):
         if abs(self.joint + self.branch + self.tune - 1) > 1e-6:
             raise ValueError(f"joint + branch + tune must be 1, not {self.joint + self.branch + self.tune:g}")
         return self
+
+
+class Consultation(Section):
+    """What teachers are asked for: as much of `DistillPhase` as their answers depend on."""
+
+    top_k: int | None
+    features: Features | None
 
 
 class DistillPhase(Section):
@@ -202,6 +247,12 @@ class DistillPhase(Section):
         if self.shifted and not self.shares.joint:
             raise ValueError("shifted needs shares.joint above 0, whose budget pays for it")
         return self
+
+    @property
+    def consultation(self) -> Consultation:
+        """What teachers are asked for."""
+        features = self.objective.features if isinstance(self.objective, VAAObjective) else None
+        return Consultation(top_k=self.teacher_top_k, features=features)
 
     @field_validator("objective", mode="before")
     @classmethod

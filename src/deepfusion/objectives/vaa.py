@@ -3,7 +3,7 @@
 Our reading of arXiv 2602.14301: patches are equal parts of a document's *bytes*, so teacher and student are compared
 on the same text under any two tokenizers. The hidden states at the end of a stage are averaged over a patch's tokens,
 which does the striding of Eq. 7's convolution; the convolution itself then runs over the sequence of patches. Eq. 8 is
-read without mask, output projection or residual.
+read without output projection, and without mask and residual unless asked for.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
-from deepfusion.config import VAAObjective
-from deepfusion.losses import feature_mse
+from deepfusion.config import Features, VAAObjective
+from deepfusion.losses import feature_cosine, feature_mse, feature_relations
 from deepfusion.objectives.base import Objective, Predictions
 from deepfusion.objectives.logits import Logits
 
@@ -33,6 +33,16 @@ def stage_ends(layers: int, stages: int) -> list[int]:
     if layers < stages:
         raise ValueError(f"a model of {layers} layers cannot be cut into {stages} stages: lower objective.stages")
     return [(stage + 1) * layers // stages for stage in range(stages)]
+
+
+def teacher_layers(layers: int, features: Features) -> list[int]:
+    """The layer of a teacher that each stage is matched with, counted from 1.
+
+    Raises:
+        ValueError: there are fewer layers than stages.
+    """
+    ends = stage_ends(layers, features.stages)
+    return ends if features.teacher_layers == "stage_ends" else [layers] * features.stages
 
 
 def pool(
@@ -76,6 +86,26 @@ def standardise(
     return (features - mean) / deviation, mean, deviation
 
 
+def prepared(
+    features: Float[Tensor, "documents stages patches width"], how: str
+) -> Float[Tensor, "documents stages patches width"]:
+    """A teacher's features as they are kept: as they are (`none`), by `dimension`, or by patch (`layer_norm`).
+
+    Raises:
+        ValueError: they do not fit into float16, in which they are kept.
+    """
+    if how == "dimension":
+        features = standardise(features)[0]
+    elif how == "layer_norm":
+        features = layer_norm(features.float(), features.shape[-1:])
+    largest = float(features.abs().max())
+    if largest > torch.finfo(torch.float16).max:
+        raise ValueError(
+            f"a teacher's features reach {largest:.3g}, too much for float16: set objective.standardise: dimension"
+        )
+    return features
+
+
 class ViewAlignedAttention(nn.Module):
     """Student features of J stages, mapped to what each teacher lineage's features should be (Eq. 7-9)."""
 
@@ -105,12 +135,20 @@ class ViewAlignedAttention(nn.Module):
         if self.queries_keys_values is None:
             return projected
         features = torch.cat(projected, 1)
+        mask = self._mask(stages[0].shape[1], features.device) if self.config.causal else None
         query, key, value = (  # Eq. 8, in `heads` heads
             part.unflatten(-1, (self.config.heads, -1)).transpose(1, 2)
             for part in self.queries_keys_values(features).chunk(3, -1)
         )
-        attended = scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(-2)
+        attended = scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(-2)
+        if self.config.residual:
+            attended = attended + features
         return list(attended.chunk(len(stages), 1))
+
+    def _mask(self, patches: int, device: torch.device) -> Bool[Tensor, "queries queries"]:
+        """Which of all stages' patches each may see: those of its own part of the text, and of earlier ones."""
+        place = torch.arange(patches, device=device).repeat(self.config.stages)
+        return place.unsqueeze(1) >= place
 
     def project(self, aligned: Sequence[Tensor], lineage: str) -> list[Tensor]:
         """The aligned features of each stage in the width of a teacher lineage."""
@@ -128,7 +166,8 @@ class VAA(Objective):
         features:<lineage> `[n, J, P, W]`, features_document:<lineage> `[n]`: a teacher's (standardised) features, and
             which of the D documents each row is of. Zero, one or several lineages may have features of a document.
 
-    FM is Eq. 9's sum over stages, mean over all (document, teacher) pairs of the batch.
+    FM is Eq. 9's sum over stages, mean over all (document, teacher) pairs of the batch. Relations are between all
+    patches of the batch of which teachers of one lineage have features; lineages count by their pairs.
     """
 
     needs_hidden_states: bool = True
@@ -141,7 +180,11 @@ class VAA(Objective):
         self.ends = stage_ends(student_layers, config.stages)
         self.layers = student_layers
         self.logits = Logits(config)
-        self.attention = ViewAlignedAttention(config, student_width, teacher_widths)
+        self.attention = (
+            None if config.matching == "relational" else ViewAlignedAttention(config, student_width, teacher_widths)
+        )
+        self.taken: Tensor
+        self.register_buffer("taken", torch.zeros((), dtype=torch.int64))  # steps; a resumed training goes on counting
 
     def forward(
         self, batch: Mapping[str, Tensor], predictions: Predictions, hidden_states: tuple[Tensor, ...] | None = None
@@ -151,25 +194,47 @@ class VAA(Objective):
             given = "none" if hidden_states is None else str(len(hidden_states))
             raise ValueError(f"VAA needs the {self.layers + 1} hidden states of {self.layers} layers, not {given}")
         terms = self.logits(batch, predictions)
+        if self._warms():
+            hidden_states = tuple(states.detach() for states in hidden_states)
         fm = self.feature_matching(batch, hidden_states)
         return {**terms, "fm": fm, "loss": terms["loss"] + self.config.alpha * fm}
+
+    def _warms(self) -> bool:
+        """Whether this is one of the first steps, which it counts."""
+        if not self.config.warmup or not self.training:
+            return False
+        self.taken += 1
+        return int(self.taken) <= self.config.warmup
 
     def feature_matching(self, batch: Mapping[str, Tensor], hidden_states: Sequence[Tensor]) -> Float[Tensor, ""]:
         """L_FM (Eq. 9)."""
         total = hidden_states[-1].new_zeros((), dtype=torch.float32)
         names = sorted(key.removeprefix("features:") for key in batch if key.startswith("features:"))
-        if unknown := set(names) - set(self.attention.lineages):
+        if self.attention is not None and (unknown := set(names) - set(self.attention.lineages)):
             raise ValueError(f"no projection for teacher lineage {min(unknown)}: name it in `teacher_widths`")
         pairs = sum(len(batch[f"features:{name}"]) for name in names)
         if not pairs:
             return total
-        aligned = self.attention(self._stages(batch, hidden_states))
+        stages = self._stages(batch, hidden_states)
+        aligned = stages if self.attention is None else self.attention(stages)
         for name in names:
             documents, teacher = batch[f"features_document:{name}"], batch[f"features:{name}"]
-            student = self.attention.project([stage[documents] for stage in aligned], name)
+            student = [stage[documents] for stage in aligned]
+            if self.attention is not None:
+                student = self.attention.project(student, name)
             for stage, features in zip(student, teacher.unbind(1), strict=True):
-                total = total + feature_mse(stage, features) * (len(documents) / pairs)
+                total = total + self._difference(stage, features) * (len(documents) / pairs)
         return total
+
+    def _difference(
+        self,
+        student: Float[Tensor, "documents patches width"],
+        teacher: Float[Tensor, "documents patches teacher_width"],
+    ) -> Float[Tensor, ""]:
+        """Of one stage's features."""
+        if self.config.matching == "relational":
+            return feature_relations(student.flatten(0, 1), teacher.flatten(0, 1))
+        return (feature_mse if self.config.matching == "mse" else feature_cosine)(student, teacher)
 
     def _stages(self, batch: Mapping[str, Tensor], hidden_states: Sequence[Tensor]) -> list[Tensor]:
         documents, patches = len(batch["patch_documents"]), self.config.patches

@@ -19,16 +19,16 @@ from transformers import PreTrainedModel
 
 from deepfusion import alignment, checkpoints
 from deepfusion.artifacts import Artifact, Checkpoint, Proxy, Teaching, TransferSet, Upload, Work
-from deepfusion.config import DistillPhase, LogitsObjective, Runtime, VAAObjective
+from deepfusion.config import Consultation, DistillPhase, Features, Runtime
 from deepfusion.data.documents import TransferDocument, read_jsonl
 from deepfusion.data.tokens import Tokenizer
 from deepfusion.families import Role, context_length, family
-from deepfusion.objectives.vaa import pool_patches, stage_ends, standardise
+from deepfusion.objectives.vaa import pool_patches, prepared, teacher_layers
 from deepfusion.phases.proxy import name_of
 from deepfusion.progress import Ticker
 from deepfusion.signals import Signal, Signals
 from deepfusion.store import link_tree
-from deepfusion.students import feature_patches, learn, tokens_within, transfer_lessons, widths
+from deepfusion.students import learn, tokens_within, transfer_lessons, widths
 from deepfusion.writing import hidden, next_logits, padded
 
 BATCH = 32  # documents asked about at a time
@@ -89,7 +89,7 @@ def consult(
     teacher: Upload | Proxy,
     cluster: int,
     transfer: TransferSet,
-    config: DistillPhase,
+    config: Consultation,
     *,
     into: Path,
     runtime: Runtime,
@@ -97,8 +97,7 @@ def consult(
     """Ask one teacher about documents and keep its answers: the teacher cache.
 
     A proxy is asked about all public documents and those that its cluster knows; a device about what it wrote. Kept
-    are the top-k probabilities (all of them if `teacher_top_k` is none) and, for VAA, J stages' features pooled over
-    patches.
+    are the top-k probabilities (all of them if `top_k` is none) and, for VAA, J stages' features pooled over patches.
     """
     name = teacher.device if isinstance(teacher, Upload) else name_of(teacher)
     documents = [
@@ -126,8 +125,8 @@ def consult(
     # What a document's writer learned in private was noted while it wrote.
     gains = {name: signal.gain for name, signal in kept.of.items()} if kept else {}
     of = {d.id: replace(of[d.id], gain=gains.get(d.id)) for d in documents if d.id in of}
-    if isinstance(config.objective, VAAObjective):
-        of = _standardised(of, config.objective)
+    if config.features is not None:
+        of = _prepared(of, config.features)
     signals = Signals(tokenizer.fingerprint, teacher.lineage, of)
     signals.save(into / "signals.safetensors")
     return Teaching(
@@ -161,11 +160,10 @@ def _ask(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
     some: list[tuple[TransferDocument, tuple[list[int], list[int]]]],
-    config: DistillPhase,
+    config: Consultation,
 ) -> dict[str, Signal]:
     ids, mask = padded([tokens for _, (tokens, _) in some], tokenizer.end, model.device)
-    patches = feature_patches(config.objective)
-    if patches:
+    if config.features is not None:
         states, layers = family(model.config.model_type).hidden_states(model, ids, mask)
     else:
         states, layers = hidden(model, ids, mask), ()
@@ -174,7 +172,7 @@ def _ask(
     best: list[Tensor] = []
     for block, logits in next_logits(model, states, tokenizer):
         log_p = torch.log_softmax(logits.float(), -1)
-        kept = log_p.topk(min(config.teacher_top_k or log_p.shape[-1], log_p.shape[-1]), -1)
+        kept = log_p.topk(min(config.top_k or log_p.shape[-1], log_p.shape[-1]), -1)
         chosen.append(log_p.gather(2, ids[:, 1:, None][:, block])[..., 0])
         best_ids.append(kept.indices.int())
         best.append(kept.values.half())
@@ -188,7 +186,7 @@ def _ask(
             logprobs=logprobs,
             topk_ids=topk_ids,
             topk_logprobs=topk_logprobs,
-            features=_features(layers, row, document, ends, config.objective) if patches else None,
+            features=_features(layers, row, document, ends, config.features) if config.features else None,
         )
     return result
 
@@ -199,22 +197,21 @@ def _after_start(values: np.ndarray) -> np.ndarray:
 
 
 def _features(
-    hidden_states: tuple[Tensor, ...], row: int, document: TransferDocument, ends: list[int], objective: LogitsObjective
+    hidden_states: tuple[Tensor, ...], row: int, document: TransferDocument, ends: list[int], wanted: Features
 ) -> np.ndarray:
-    assert isinstance(objective, VAAObjective)
     total = len(document.text.encode())
-    membership = [(t + 1, p) for t, p in alignment.patch_membership(ends[1:-1], total, objective.patches)]
-    stages = stage_ends(len(hidden_states) - 1, objective.stages)
-    pooled = [pool_patches(hidden_states[stage][row], membership, objective.patches) for stage in stages]
+    membership = [(t + 1, p) for t, p in alignment.patch_membership(ends[1:-1], total, wanted.patches)]
+    layers = teacher_layers(len(hidden_states) - 1, wanted)
+    pooled = [pool_patches(hidden_states[layer][row], membership, wanted.patches) for layer in layers]
     return torch.stack(pooled).float().cpu().numpy()
 
 
-def _standardised(of: dict[str, Signal], objective: VAAObjective) -> dict[str, Signal]:
-    """Features with mean 0 and deviation 1 per stage and dimension over all documents, if the recipe says so."""
+def _prepared(of: dict[str, Signal], wanted: Features) -> dict[str, Signal]:
+    """The signals with their features as they are kept, which takes all documents' at once."""
     if not of:
         return of
     raw = torch.from_numpy(np.stack([signal.features for signal in of.values() if signal.features is not None]))
-    features = standardise(raw)[0] if objective.standardise else raw
+    features = prepared(raw, wanted.standardise)
     return {
         name: replace(signal, features=features[number].numpy().astype(np.float16))
         for number, (name, signal) in enumerate(of.items())
