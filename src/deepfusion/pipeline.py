@@ -155,9 +155,10 @@ class _Method:
         clusters = self.go(Clusters, "cluster", uploads=accepted, config=recipe.cluster, seed=seed)
         members = clusters.result()
         own = [Teacher(upload.device, members.of(upload.device), upload) for upload in accepted]
+        groups = roles.averaged(accepted, members)
         proxies = [
             Teacher(name, n, self.go(Proxy, "proxy", name, uploads=uploads, cluster=n, config=recipe.proxy))
-            for name, n, uploads in roles.averaged(accepted, members)
+            for name, n, uploads in groups
         ]
 
         # Transfer: public text, and what devices' models say about their own subjects.
@@ -233,14 +234,22 @@ class _Method:
             ("deepfusion", None, moe),
             *((name, None, model) for name, model in beside.items()),
         ]
-        scores = [
-            self.go(
+        # One model may have several names (a proxy of one member, branches without a budget): it is measured once.
+        alone = {
+            id(proxy.model): group[0] for proxy, (_, _, group) in zip(proxies, groups, strict=True) if not group[1:]
+        }
+        first: dict[int, Future[Scores]] = {}
+        scores: list[Future[Scores]] = []
+        for system, item, model in systems:
+            which = id(alone.get(id(model), model))
+            known = {"known": first[which]} if which in first else {}
+            step = self.go(
                 Scores, "evaluate", _label(system, item), model=model, corpus=corpus, config=recipe.evaluate,
                 system=system, item=item, priority=LAST + 1,
-                routing=system in ("merged", "deepfusion", "pooled_text", "centralized"),
-            )
-            for system, item, model in systems
-        ]  # fmt: skip
+                routing=system in ("merged", "deepfusion", "pooled_text", "centralized"), **known,
+            )  # fmt: skip
+            first.setdefault(which, step)
+            scores.append(step)
         return self.write_report(
             corpus=corpus, uploads=accepted, intake=intake, clusters=clusters,
             proxies=[proxy.model for proxy in proxies], transfer=transfer, teachings=teachings,

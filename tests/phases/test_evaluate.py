@@ -254,3 +254,14 @@ def test_distance_between_experts_by_hand() -> None:
     assert mean_distance([torch.tensor([[3.0], [0.0]]), torch.tensor([[4.0], [0.0]])]) == pytest.approx(2.0)
     assert mean_distance([torch.ones(3, 2)]) == 0.0
     assert mean_distance([torch.ones(1, 2)]) == 0.0
+
+
+def test_what_is_known_is_not_measured_again(llama: Path, tmp_path: Path) -> None:
+    first, rows = run(llama, tmp_path, QUESTIONS, "first")
+    into = tmp_path / "again"
+    into.mkdir()
+    again = evaluate(  # there is no model to measure
+        tmp_path, tmp_path, EvaluatePhase(), system="proxy", item="a", into=into, runtime=RUNTIME, known=first
+    )
+    assert list(read_jsonl(into / "rows.jsonl", ScoredQuestion)) == rows
+    assert (again.system, again.item, again.work.tokens) == ("proxy", "a", 0)

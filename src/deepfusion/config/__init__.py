@@ -6,7 +6,7 @@ where). `data`, `models` and `phases` hold the sections, `recipe` the whole and 
 `--set`, `faults` words what is wrong with them.
 """
 
-from deepfusion.config.data import Data, FileData, Partition, SyntheticData, TextSource
+from deepfusion.config.data import Data, FileData, MadeOptions, Partition, SyntheticData, TextSource
 from deepfusion.config.models import MadeModel, Models, ModelSource, ModelType, Training
 from deepfusion.config.phases import (
     AssemblePhase,
@@ -42,6 +42,7 @@ __all__ = [
     "LoRA",
     "LogitsObjective",
     "MadeModel",
+    "MadeOptions",
     "ModelSource",
     "ModelType",
     "Models",

@@ -63,6 +63,15 @@ class TextSource(Section):
         return self
 
 
+class MadeOptions(Section):
+    """Options for test questions that have none, made of other test questions' answers."""
+
+    count: int = Field(default=4, ge=2)
+    """Options of a question."""
+    questions: int = Field(default=50, ge=1)
+    """Questions of each domain that get options, those of private groups first: each costs `count` answers to score."""
+
+
 class FileData(Section):
     """Real text from files or datasets."""
 
@@ -75,6 +84,8 @@ class FileData(Section):
     """Template of a prompt; an absent context takes its line with it."""
     max_answer_bytes: int | None = Field(default=None, ge=1)
     """Leave out rows whose answer is longer than this many UTF-8 bytes (counted in the report); none: keep all."""
+    made_options: MadeOptions | None = None
+    """Give test questions without options some (choice accuracy); none: leave them as they are."""
     heldout_share: float = Field(default=0.05, ge=0, lt=1)
     """Share of the private rows kept aside to tell when training has converged (never trained on, never reported)."""
 

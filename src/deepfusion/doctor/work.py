@@ -192,14 +192,14 @@ def _evaluations(of: Extent, base: Shape, moe: Shape) -> Iterator[Task]:
     wanted = recipe.evaluate.references
     students = 2 + k + len({"pooled_text_dense", "dense_kd"} & set(wanted))  # base and joint student besides
     routed = 2 + len({"pooled_text", "centralized"} & set(wanted))  # merged and tuned
-    count, _ = of.proxies()
+    count, members = of.proxies()
     yield _evaluation(of, of.base, base, students)
     yield _evaluation(of, of.base, moe, routed, passes=1 + k)
     by_start: dict[str, list[Start]] = {}
     for start in of.by_device().values():
         by_start.setdefault(start.key, []).append(start)
     for held in by_start.values():
-        share = round(count * len(held) / len(of.text.private))
+        share = round(count * len(held) / len(of.text.private)) if members > 1 else 0  # one member is measured already
         yield _evaluation(of, held[0], held[0].shape, len(held) + share)
 
 

@@ -13,6 +13,7 @@ from deepfusion.artifacts import Corpus, DeviceInfo
 from deepfusion.config import Data, FileData, Partition, SyntheticData
 from deepfusion.data.corpora import Row, read_text
 from deepfusion.data.documents import Document, write_jsonl
+from deepfusion.data.options import with_options
 from deepfusion.data.partition import assign, device_ids
 from deepfusion.data.synthetic import Fact, fact_documents, world
 from deepfusion.errors import InputError
@@ -65,6 +66,7 @@ def _synthetic(source: SyntheticData, partition: Partition, seed: int, into: Pat
 
 def _files(source: FileData, partition: Partition, seed: int, into: Path) -> Corpus:
     text = read_text(source, seed)
+    test = text.test if source.made_options is None else with_options(text.test, source.made_options, seed)
     given = partition.mode == "given"
     if not given and (named := next((s for s in source.sources if s.device is not None), None)):
         raise InputError(f"{named.path or named.dataset}: `device` {named.device!r} needs partition.mode: given")
@@ -81,7 +83,7 @@ def _files(source: FileData, partition: Partition, seed: int, into: Path) -> Cor
         "public": write_jsonl(into / "public.jsonl", (row.document for row in text.public)),
         "questions": write_jsonl(into / "questions.jsonl", questions),
         "heldout": write_jsonl(into / "heldout.jsonl", (row.document for row in text.heldout)),
-        "test": write_jsonl(into / "test.jsonl", (row.question for row in text.test)),
+        "test": write_jsonl(into / "test.jsonl", (row.question for row in test)),
         "test_private": sum(row.private for row in text.test),
     }
     return _sealed(into, text.domains, devices, counts)

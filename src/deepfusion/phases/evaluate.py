@@ -23,6 +23,7 @@ from deepfusion.families import context_length
 from deepfusion.progress import Ticker
 from deepfusion.routing import RoutingTally, expert_difference, experts_of, recorded, routers, without_experts
 from deepfusion.scoring import Observer, Piece, Score, score
+from deepfusion.store import link_tree
 
 ROWS = "rows.jsonl"
 
@@ -37,6 +38,7 @@ def evaluate(
     into: Path,
     runtime: Runtime,
     routing: bool = False,
+    known: Scores | None = None,
 ) -> Scores:
     """Score a checkpoint on a corpus's test questions, or on those of a JSONL file.
 
@@ -44,10 +46,14 @@ def evaluate(
     loses the beginning of its prompt. With `routing` (MoE only) `Scores.routing` holds `RoutingTally.summary` over the
     tokens that the model reads (start, prompt, answer without its last), `removal` (per student's expert or experts and
     domain, how nats per answer token and token accuracy change when no token can reach them) and `expert_difference`.
+    With `known`, the scores of the same weights on the same text under another name, nothing is computed.
 
     Raises:
         InputError: names the question that has no answer or whose answer is longer than the context; or there is none.
     """
+    if known is not None:
+        link_tree(known.folder, into)
+        return Scores(folder=into, system=system, item=item, routing=known.routing).sealed()
     path = corpus.test if isinstance(corpus, Corpus) else corpus
     folder = (
         model.model if isinstance(model, Upload | Proxy) else model.folder if isinstance(model, Checkpoint) else model
