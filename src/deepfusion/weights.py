@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from torch import Tensor
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 2**30
 BLOCK = 2**18  # elements that are worked on at a time: in float32 they fit into a core's cache, four times as fast
+AHEAD = 8  # blocks that wait to be written
 Shape = tuple[torch.dtype, tuple[int, ...]]
 
 _DTYPES = {  # in the order that the library lays them out in a file
@@ -312,9 +315,15 @@ def _is_whole(path: Path, shard: list[Part]) -> bool:
 
 def _write_file(path: Path, shard: list[Part]) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as stream:
+    # Writing is as much work as making: a thread writes some blocks while the next ones are read and computed.
+    with temporary.open("wb") as stream, ThreadPoolExecutor(1) as writer:
         stream.write(_head(shard))
+        waiting: deque[Future[int]] = deque()
         for part in shard:
             for block in part.blocks():
-                stream.write(_bytes(block.contiguous()))
+                waiting.append(writer.submit(stream.write, _bytes(block.contiguous())))
+                if len(waiting) > AHEAD:
+                    waiting.popleft().result()
+        for written in waiting:
+            written.result()
     temporary.replace(path)

@@ -91,7 +91,7 @@ class _Experts:
             if number >= self.layout.shards:  # a spare expert adds what the shared ones, a mean, lack of its student
                 own = ((own.float() - self._middle(name)[rows, span].float()) * factor).to(own.dtype)
             elif factor != 1:
-                own = (own.float() * factor).to(own.dtype)
+                own = own * factor  # in float32 inside, rounded once
             yield padded(own, self.layout.width, axis=1)
 
     def shared(self, name: str) -> Iterator[Tensor]:
