@@ -248,11 +248,12 @@ def report(found: Mapping[str, Mapping[int, Outcome]], given: Sequence[str]) -> 
 
 def against(found: Mapping[str, Mapping[int, Outcome]], control: str) -> Iterator[str]:
     """A table of paired differences from one control; arms that have a control of their own are counted from that."""
-    yield "| arm | nats, private | " + " | ".join(f"Δ {metric}" for metric in METRICS) + " |"
+    level = next(iter(METRICS))
+    yield f"| arm | {level} | " + " | ".join(f"Δ {metric}" for metric in METRICS) + " |"
     yield "|---|---:|" + "---:|" * len(METRICS)
     for name, of in found.items():
         other = found[CONTROLS.get(name, control)]
-        cells = [f"{mean(one['nats, private'] for one in of.values()):.3f}"]
+        cells = [f"{mean(one[level] for one in of.values()):.3f}"]
         cells += [difference(of, other, metric) if of is not other else "" for metric in METRICS]
         yield f"| {name} | {' | '.join(cells)} |"
     yield ""

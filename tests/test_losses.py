@@ -7,12 +7,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from deepfusion.losses import (
+    IGNORED,
     chunked_losses,
     cross_entropy,
     feature_cosine,
     feature_mse,
     feature_relations,
     kl_divergence,
+    outcome_kl,
+    rank_difference,
     span_divergence,
     span_likelihood,
     token_logprobs,
@@ -232,3 +235,41 @@ def test_chunked_losses_equal_unchunked_with_gradients(block: int):
         *(torch.autograd.grad((values * scale).sum(), inputs) for values in (blocks, whole)), strict=True
     ):
         torch.testing.assert_close(found, expected)
+
+
+# ── across vocabularies ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@given(st.integers(0, 99), st.integers(2, 9), st.sampled_from([1.0, 2.0, 0.7]))
+def test_outcomes_of_one_token_each_are_the_kept_tokens(seed: int, vocabulary: int, temperature: float) -> None:
+    torch.manual_seed(seed)
+    k = 1 + seed % (vocabulary - 1)
+    logits = torch.randn(3, vocabulary)
+    kept = torch.log_softmax(torch.randn(3, vocabulary), -1).topk(k, -1)
+    members = torch.tensor([[r, n, int(kept.indices[r, n])] for r in range(3) for n in range(k)])
+    found = outcome_kl(torch.log_softmax(logits, -1), kept.values, members, temperature)
+    _, wanted = token_terms(logits, torch.full((3,), IGNORED), kept.indices, kept.values, temperature)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_outcomes_by_hand() -> None:
+    """Student .5 .2 .2 .1; outcomes {0} and {1, 2}, the rest {3}; teacher .25, .5 and so .25."""
+    logprobs = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log().requires_grad_()
+    teacher = torch.tensor([[0.25, 0.5, 0.0]]).log()
+    members = torch.tensor([[0, 0, 0], [0, 1, 1], [0, 1, 2]])
+    found = outcome_kl(logprobs, teacher, members)
+    wanted = 0.25 * log(0.25 / 0.5) + 0.5 * log(0.5 / 0.4) + 0.25 * log(0.25 / 0.1)
+    assert float(found.detach()) == pytest.approx(wanted, rel=1e-5)
+    found.sum().backward()
+    assert torch.isfinite(logprobs.grad).all()
+    same = outcome_kl(
+        logprobs.detach(), torch.tensor([[0.5, 0.4]]).log(), torch.tensor([[0, 0, 0], [0, 1, 1], [0, 1, 2]])
+    )
+    assert float(same) == pytest.approx(0, abs=1e-6)
+
+
+def test_ranks_by_hand() -> None:
+    """Sorted, the student is .5 .3 .2, of the teacher .6 .3 and .1 more are known."""
+    logprobs = torch.tensor([[0.2, 0.5, 0.3]]).log()
+    assert float(rank_difference(logprobs, torch.tensor([[0.6, 0.3]]).log())) == pytest.approx(0.1 + 0 + 0.1)
+    assert float(rank_difference(logprobs, torch.tensor([[0.5, 0.3, 0.2, 0.0]]).log())) == pytest.approx(0, abs=1e-6)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from deepfusion.config import Training
 from deepfusion.data.batches import collate
 from deepfusion.data.documents import Document
+from deepfusion.data.hearing import Heard
 from deepfusion.data.lessons import MAX_GAIN, Lesson, focused, lessons, taught
 from deepfusion.data.tokens import Tokenizer
 from deepfusion.losses import topk_kl
@@ -56,6 +57,11 @@ def signal(
         before=-made.random(n).astype(np.float32) if before else None,
         before_topk=-made.random((n, k)).astype(np.float16) if before else None,
     )
+
+
+def heard(teacher: Tokenizer, student: Tokenizer, lineage: str = "x") -> Heard:
+    """A teacher whose signals are given apart."""
+    return Heard(Signals(teacher.fingerprint, lineage, {}), None if teacher is student else "span_likelihood")
 
 
 def silent(told: Signal, rows: int) -> Signal:
@@ -145,9 +151,7 @@ def test_equal_tokenizers_keep_the_writers_own_tokens(tokenizer: Tokenizer) -> N
         topk_logprobs=np.full((len(ids), 2), -1, np.float16),
     )
     told = silent(told, len(inner) + 1)
-    learnt = taught(
-        ASKED, told, Signals(tokenizer.fingerprint, "x", {}), tokenizer, Training(answer_weight=4), cluster=3
-    )
+    learnt = taught(ASKED, told, heard(tokenizer, tokenizer), tokenizer, Training(answer_weight=4), cluster=3)
     assert learnt is not None
     assert learnt.ids.tolist() == ids.tolist()
     answer = len(spelt) - len(inner)
@@ -169,7 +173,7 @@ def test_what_the_student_does_not_know_joins_the_rest(tokenizer: Tokenizer) -> 
         topk_ids=np.tile(np.array([40, size - 1, size + 3], np.int32), (n, 1)),
         topk_logprobs=np.log(np.tile(np.array([0.5, 0.25, 0.125]), (n, 1))).astype(np.float16),
     )
-    voice = Signals(tokenizer.fingerprint, "x", {})
+    voice = heard(tokenizer, tokenizer)
     for head, kept in ((None, 2), (size + 8, 2), (size, 2), (size - 1, 1)):
         learnt = taught(ASKED, told, voice, tokenizer, Training(), vocabulary=head)
         assert learnt is not None
@@ -189,7 +193,7 @@ def test_what_the_student_does_not_know_joins_the_rest(tokenizer: Tokenizer) -> 
 
 def test_what_the_student_cannot_spell_is_not_taught(tokenizer: Tokenizer) -> None:
     told = signal(ASKED.text, tokenizer)
-    voice, highest = Signals(tokenizer.fingerprint, "x", {}), int(told.ids.max())
+    voice, highest = heard(tokenizer, tokenizer), int(told.ids.max())
     assert taught(ASKED, told, voice, tokenizer, Training(), vocabulary=highest + 1) is not None
     assert taught(ASKED, told, voice, tokenizer, Training(), vocabulary=highest) is None
 
@@ -199,7 +203,7 @@ def test_what_the_student_cannot_spell_is_not_taught(tokenizer: Tokenizer) -> No
 
 def test_chunks_share_out_all_that_the_teacher_said(tokenizer: Tokenizer, other: Tokenizer) -> None:
     told = signal(ASKED.text, other)
-    learnt = taught(ASKED, told, Signals(other.fingerprint, "x", {}), tokenizer, Training())
+    learnt = taught(ASKED, told, heard(other, tokenizer), tokenizer, Training())
     assert learnt is not None
     assert learnt.chunk is not None
     assert learnt.chunk_logprobs is not None
@@ -216,7 +220,7 @@ def test_chunks_share_out_all_that_the_teacher_said(tokenizer: Tokenizer, other:
 def test_what_the_teacher_did_not_write_is_in_no_chunk(tokenizer: Tokenizer, other: Tokenizer) -> None:
     prompt = len(other.encode(ASKED.prompt)[0]) + 1
     told = silent(signal(ASKED.text, other), prompt)
-    learnt = taught(ASKED, told, Signals(other.fingerprint, "x", {}), tokenizer, Training())
+    learnt = taught(ASKED, told, heard(other, tokenizer), tokenizer, Training())
     assert learnt is not None
     assert learnt.chunk is not None
     assert learnt.chunk_logprobs is not None
@@ -231,7 +235,7 @@ def test_what_the_teacher_did_not_write_is_in_no_chunk(tokenizer: Tokenizer, oth
 @pytest.mark.parametrize("same", [True, False])
 def test_what_does_not_fit_is_not_taught(same: bool, tokenizer: Tokenizer, other: Tokenizer) -> None:
     teacher = tokenizer if same else other
-    told, voice = signal(ASKED.text, teacher), Signals(teacher.fingerprint, "x", {})
+    told, voice = signal(ASKED.text, teacher), heard(teacher, tokenizer, "x")
     size = len(tokenizer.encode(ASKED.text)[0]) + 2
     assert taught(ASKED, told, voice, tokenizer, Training(context=size)) is not None
     assert taught(ASKED, told, voice, tokenizer, Training(context=size - 1)) is None
@@ -240,7 +244,7 @@ def test_what_does_not_fit_is_not_taught(same: bool, tokenizer: Tokenizer, other
 @pytest.mark.parametrize("same", [True, False])
 def test_features_go_to_the_students_own_tokens(same: bool, tokenizer: Tokenizer, other: Tokenizer) -> None:
     teacher = tokenizer if same else other
-    told, voice = signal(ASKED.text, teacher, features=True), Signals(teacher.fingerprint, "gpt2-x", {})
+    told, voice = signal(ASKED.text, teacher, features=True), heard(teacher, tokenizer, "gpt2-x")
     learnt = taught(ASKED, told, voice, tokenizer, Training(), patches=4)
     assert learnt is not None
     assert learnt.pool is not None
@@ -257,7 +261,7 @@ def test_features_go_to_the_students_own_tokens(same: bool, tokenizer: Tokenizer
 @pytest.mark.parametrize("same", [True, False])
 def test_features_of_a_text_without_a_byte_have_no_tokens(same: bool, tokenizer: Tokenizer, other: Tokenizer) -> None:
     teacher = tokenizer if same else other
-    told, voice = signal("", teacher, features=True), Signals(teacher.fingerprint, "gpt2-x", {})
+    told, voice = signal("", teacher, features=True), heard(teacher, tokenizer, "gpt2-x")
     learnt = taught(Document(id="a", domain="x", answer=""), told, voice, tokenizer, Training(), patches=4)
     assert learnt is not None
     batch = collate([[[learnt]]])
@@ -274,7 +278,7 @@ def test_focus_weighs_a_token_by_its_gain(tokenizer: Tokenizer) -> None:
     gain = np.zeros(n, np.float16)
     gain[given], gain[-1] = 2.0, 100.0  # the end token's is too much to be taken at its word
     told = silent(replace(told, gain=gain), given)
-    asked, voice = Document(id="a", domain="x", prompt="Who? ", answer="Ann"), Signals(tokenizer.fingerprint, "x", {})
+    asked, voice = Document(id="a", domain="x", prompt="Who? ", answer="Ann"), heard(tokenizer, tokenizer)
     learnt = taught(asked, told, voice, tokenizer, Training(answer_weight=2))
     assert learnt is not None
     plain = [0] + [1] * (given - 1) + [2] * (n - given)
@@ -292,7 +296,7 @@ def test_focus_weighs_a_token_by_its_gain(tokenizer: Tokenizer) -> None:
 def test_focus_takes_no_weight_from_public_text(tokenizer: Tokenizer) -> None:
     """Written text weighs the same in all, whatever the focus; text without a writer is left as it is."""
     public = lessons([Document(id="p", domain="x", answer="Public text.")], tokenizer, Training())
-    voice = Signals(tokenizer.fingerprint, "x", {})
+    voice = heard(tokenizer, tokenizer)
     written: list[Lesson] = []
     for name, level in (("One text.", 0.5), ("Another text.", 3.0)):
         told = signal(name, tokenizer)
@@ -310,7 +314,7 @@ def test_focus_takes_no_weight_from_public_text(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("same", [True, False])
 def test_broken_gain_breaks_no_weight(same: bool, tokenizer: Tokenizer, other: Tokenizer) -> None:
     teacher = tokenizer if same else other
-    told, voice = signal(ASKED.text, teacher), Signals(teacher.fingerprint, "x", {})
+    told, voice = signal(ASKED.text, teacher), heard(teacher, tokenizer, "x")
     gain = np.resize(np.array([np.nan, np.inf, -np.inf, -2.0, 1.0], np.float16), len(told.ids))
     learnt = taught(ASKED, replace(told, gain=gain), voice, tokenizer, Training())
     assert learnt is not None
@@ -371,7 +375,7 @@ def test_gain_goes_to_the_tokens_that_end_in_the_same_place(tokenizer: Tokenizer
         gain=np.array([0, 1, 2, 3], np.float16),
     )
     document = Document(id="a", domain="x", answer="Who?")
-    learnt = taught(document, told, Signals(other.fingerprint, "x", {}), tokenizer, Training())
+    learnt = taught(document, told, heard(other, tokenizer), tokenizer, Training())
     assert learnt is not None
     assert learnt.gain is not None
     _, ends = tokenizer.encode("Who?")

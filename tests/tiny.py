@@ -15,6 +15,7 @@ from deepfusion.artifacts import Checkpoint, Clusters, Corpus, DeviceInfo, Teach
 from deepfusion.checkpoints import as_checkpoint, open_model, open_tokenizer
 from deepfusion.config import Recipe, Runtime, Training
 from deepfusion.data.documents import Document, Question, TransferDocument, write_jsonl
+from deepfusion.data.hearing import keep_tokenizer
 from deepfusion.data.tokens import Tokenizer
 from deepfusion.encoders import embed
 from deepfusion.signals import Signal, Signals
@@ -137,6 +138,7 @@ def transfer(into: Path, writer: Checkpoint | None = None, public: bool = True) 
             of = {one.id: said(one.text, tokenizer, model, prompt=one.prompt) for one in own}
             path = into / "signals" / f"{device}.safetensors"
             Signals(tokenizer.fingerprint, writer.lineage, of).save(path)
+            keep_tokenizer(tokenizer.fingerprint, writer.folder, into / "tokenizers")
     write_jsonl(into / "documents.jsonl", found)
     return TransferSet(folder=into, counts={}, per_cluster=(2, 2), by_writer={}, private_text_risk=True).sealed()
 
@@ -146,6 +148,7 @@ def teaching(teacher: str, cluster: int, of: dict[str, str], by: Checkpoint, int
     tokenizer, model = Tokenizer(open_tokenizer(by.folder)), open_model(by.folder)
     signals = {name: said(text, tokenizer, model) for name, text in of.items()}
     Signals(tokenizer.fingerprint, by.lineage, signals).save(folder(into) / "signals.safetensors")
+    keep_tokenizer(tokenizer.fingerprint, by.folder, into / "tokenizers")
     return Teaching(folder=into, teacher=teacher, cluster=cluster, lineage=by.lineage, width=16).sealed()
 
 

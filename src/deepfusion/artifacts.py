@@ -252,6 +252,11 @@ class Writing(Artifact):
         """What each writer thought while writing."""
         return self.folder / "signals"
 
+    @property
+    def tokenizers(self) -> Path:
+        """The writers' tokenizers, each in a folder named by its fingerprint."""
+        return self.folder / "tokenizers"
+
 
 class TransferSet(Artifact):
     """All text that teaches: `documents.jsonl` (`TransferDocument`s) and `signals/<writer>.safetensors`."""
@@ -272,6 +277,11 @@ class TransferSet(Artifact):
         """Each writer's probabilities on its own documents."""
         return self.folder / "signals"
 
+    @property
+    def tokenizers(self) -> Path:
+        """The writers' tokenizers, each in a folder named by its fingerprint."""
+        return self.folder / "tokenizers"
+
 
 class Teaching(Artifact):
     """What one teacher says, asked after the fact, about documents of the transfer set: `signals.safetensors`."""
@@ -285,6 +295,11 @@ class Teaching(Artifact):
     def signals(self) -> Path:
         """The teacher's signals."""
         return self.folder / "signals.safetensors"
+
+    @property
+    def tokenizers(self) -> Path:
+        """A folder with the teacher's tokenizer, named by its fingerprint."""
+        return self.folder / "tokenizers"
 
 
 class Scores(Artifact):

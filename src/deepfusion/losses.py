@@ -141,6 +141,45 @@ def span_likelihood(
     return weighted_mean(span_divergence(student_logprobs, chunk, chunk_logprobs, tau), chunk_weight)
 
 
+def outcome_kl(
+    logprobs: Float[Tensor, "rows vocab"],
+    teacher_logprobs: Float[Tensor, "rows k"],
+    members: Int[Tensor, "members 3"],
+    temperature: float = 1.0,
+) -> Float[Tensor, " rows"]:
+    """T² · KL(teacher ‖ student) over outcomes that are told apart by two vocabularies, with one more for the rest.
+
+    Args:
+        logprobs: the student's, normalised.
+        teacher_logprobs: of outcomes, not renormalised; -inf is padding.
+        members: (row, outcome, token): the student's tokens of each outcome; a token is in one outcome of its row.
+        temperature: T; as in `topk_kl` it is applied to outcomes, not to tokens.
+    """
+    row, outcome, token = members.unbind(-1)
+    kept = teacher_logprobs.isfinite()
+    probabilities = logprobs.exp()
+    said = torch.zeros_like(teacher_logprobs).index_put((row, outcome), probabilities[row, token], accumulate=True)
+    left = probabilities.index_put((row, token), probabilities.new_zeros(())).sum(-1)
+    everything = torch.ones_like(left, dtype=torch.bool)
+    student = torch.cat([_log(said, kept), _log(left, everything).unsqueeze(-1)], -1)
+    mass = -torch.expm1(teacher_logprobs.logsumexp(-1).clamp(max=0))
+    teacher = torch.cat([teacher_logprobs.masked_fill(~kept, _NOTHING), _log(mass, mass > 0).unsqueeze(-1)], -1)
+    student, teacher = log_softmax(student / temperature, -1), log_softmax(teacher / temperature, -1)
+    return temperature**2 * (teacher.exp() * (teacher - student)).sum(-1)
+
+
+def rank_difference(
+    logprobs: Float[Tensor, "rows vocab"], teacher_logprobs: Float[Tensor, "rows k"]
+) -> Float[Tensor, " rows"]:
+    """Σ |p - q| over sorted probabilities, whatever tokens they are of (ULD, arXiv 2402.12030).
+
+    Of the teacher only the k greatest are known, in falling order (-inf padding): all beyond are one.
+    """
+    k = min(teacher_logprobs.shape[-1], logprobs.shape[-1])
+    student, teacher = logprobs.topk(k, -1).values.exp(), teacher_logprobs[..., :k].exp()
+    return (student - teacher).abs().sum(-1) + (student.sum(-1) - teacher.sum(-1)).abs()
+
+
 def feature_mse(student: Float[Tensor, "*shape"], teacher: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
     """Mean squared difference over every element (one stage's summand of Eq. 9)."""
     return mse_loss(student.float(), teacher.float())

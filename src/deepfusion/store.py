@@ -159,12 +159,15 @@ def link_tree(source: Path, target: Path) -> None:
     """Copy a folder's visible files, by hard link where the disk allows it; not what makes it a step."""
     for path in sorted(p for p in source.rglob("*") if p.is_file()):
         relative = path.relative_to(source)
-        if relative.name.startswith(".") or relative.as_posix() in (RECORD, MANIFEST):
-            continue
-        copy = target / relative
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.unlink(missing_ok=True)
-        try:
-            os.link(path.resolve(), copy)  # the file itself: a relative link would lead nowhere from here
-        except OSError:
-            shutil.copy2(path, copy)
+        if not relative.name.startswith(".") and relative.as_posix() not in (RECORD, MANIFEST):
+            link(path, target / relative)
+
+
+def link(path: Path, copy: Path) -> None:
+    """Copy a file, in place of what was there; by hard link where the disk allows it."""
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.unlink(missing_ok=True)
+    try:
+        os.link(path.resolve(), copy)  # the file itself: a relative link would lead nowhere from here
+    except OSError:
+        shutil.copy2(path, copy)

@@ -13,6 +13,7 @@ from deepfusion.artifacts import Checkpoint, Teaching, TransferSet, Work
 from deepfusion.config import LogitsObjective, Runtime, Training, VAAObjective
 from deepfusion.data.batches import Schedule
 from deepfusion.data.documents import TransferDocument, read_jsonl
+from deepfusion.data.hearing import Heard, hear
 from deepfusion.data.lessons import Lesson, focused, lessons, taught
 from deepfusion.data.tokens import Tokenizer
 from deepfusion.families import Role, context_length, family
@@ -99,15 +100,18 @@ def transfer_lessons(
         ask: `writers`: one lesson per document; `proxies`: one per document and teacher of the document's cluster (or
             of `cluster`, which is then asked about every public document, as published).
         only_public: leave out written documents.
-        objective: what the lessons are for: its `focus`, and the patches of features that it wants.
+        objective: what the lessons are for: its `focus`, the patches of features that it wants, and how it hears
+            teachers with other tokenizers.
     """
     documents = list(read_jsonl(transfer.documents, TransferDocument))
     shape = checkpoints.open_config(student.folder)
     longest = context_length(shape) or training.context
     training = training.model_copy(update={"context": min(training.context, longest)})
     tokenizer = Tokenizer(checkpoints.open_tokenizer(student.folder))
-    said = {teaching.teacher: (teaching.cluster, Signals.load(teaching.signals)) for teaching in teachings}
-    kept = {path.stem: Signals.load(path) for path in sorted(transfer.signals.glob("*.safetensors"))}
+    across, knows_of = objective.across, {teaching.teacher: teaching.cluster for teaching in teachings}
+    said = hear({one.teacher: (Signals.load(one.signals), one.tokenizers) for one in teachings}, tokenizer, across)
+    written = {path.stem: Signals.load(path) for path in sorted(transfer.signals.glob("*.safetensors"))}
+    kept = hear({name: (signals, transfer.tokenizers) for name, signals in written.items()}, tokenizer, across)
     result: list[Lesson] = []
     for document in documents:
         if only_public and document.kind != "public":
@@ -117,18 +121,18 @@ def transfer_lessons(
             continue
         knows = document.cluster if cluster is None else cluster
         if ask == "proxies":
-            teachers = [signals for of, signals in said.values() if of == knows and document.id in signals.of]
+            teachers = [one for name, one in said.items() if knows_of[name] == knows and document.id in one.signals.of]
         else:
-            own = said[document.writer][1] if document.writer in said else kept.get(document.writer or "")
-            teachers = [own] if own is not None and document.id in own.of else []
+            own = said.get(document.writer or "") or kept.get(document.writer or "")
+            teachers = [own] if own is not None and document.id in own.signals.of else []
         owner = -1 if document.cluster is None else document.cluster
         fitting = [
             lesson
-            for signals in teachers
+            for teacher in teachers
             if (
                 lesson := _taught(
                     document,
-                    signals,
+                    teacher,
                     tokenizer,
                     training,
                     vocabulary=shape.vocab_size,
@@ -142,11 +146,11 @@ def transfer_lessons(
 
 
 def _taught(
-    document: TransferDocument, teacher: Signals, tokenizer: Tokenizer, training: Training, **options: int
+    document: TransferDocument, teacher: Heard, tokenizer: Tokenizer, training: Training, **options: int
 ) -> Lesson | None:
     """`taught`; of a written document that the student's tokenizer cannot spell, none."""
     try:
-        return taught(document, teacher.of[document.id], teacher, tokenizer, training, **options)
+        return taught(document, teacher.signals.of[document.id], teacher, tokenizer, training, **options)
     except ValueError as error:
         if document.writer is None:
             raise

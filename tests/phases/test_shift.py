@@ -15,6 +15,7 @@ from deepfusion.checkpoints import open_model, open_tokenizer
 from deepfusion.config import DevicePhase, LogitsObjective, TransferPhase
 from deepfusion.data.batches import collate
 from deepfusion.data.documents import TransferDocument, read_jsonl, write_jsonl
+from deepfusion.data.hearing import Heard, keep_tokenizer
 from deepfusion.data.lessons import Lesson, taught
 from deepfusion.data.tokens import Tokenizer, chunk_spans, spelt
 from deepfusion.objectives import build_objective
@@ -170,6 +171,7 @@ class World:
             tokenizer = Tokenizer(open_tokenizer(writer.folder))
             of = with_gain(said.of, open_model(before[device].folder), tokenizer, keep_before=True)
             replace(said, of=of).save(into / "signals" / f"{device}.safetensors")
+            keep_tokenizer(said.tokenizer, writer.folder, into / "tokenizers")
         made = TransferSet.load(into / "d-law")
         (into / "documents.jsonl").write_bytes(made.documents.read_bytes())
         facts = {"folder": into, "work": Work(tokens=1, forward=9.0), "notices": ("a notice",)}
@@ -226,7 +228,7 @@ def test_other_tokens_are_shifted_chunk_by_chunk(world: World, tmp_path: Path) -
     for name, document in texts(made).items():
         if name not in was.of:
             continue
-        old, new = (taught(document, one.of[name], one, student, FAST) for one in (was, now))
+        old, new = (taught(document, one.of[name], Heard(one, "span_likelihood"), student, FAST) for one in (was, now))
         assert old is not None
         assert new is not None
         assert old.chunk is not None
@@ -299,7 +301,7 @@ def test_writers_who_learned_nothing_teach_the_base_its_own(world: World, tmp_pa
         np.testing.assert_allclose(found.topk_logprobs[rows], own[rows[1:]], atol=2e-2)
     kept = signals(made, "d-food")
     for name, told in kept.of.items():
-        learnt = taught(texts(made)[name], told, kept, student, FAST)
+        learnt = taught(texts(made)[name], told, Heard(kept, "span_likelihood"), student, FAST)
         assert learnt is not None
         assert learnt.chunk is not None
         assert learnt.chunk_logprobs is not None

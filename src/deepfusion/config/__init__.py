@@ -9,6 +9,7 @@ where). `data`, `models` and `phases` hold the sections, `recipe` the whole and 
 from deepfusion.config.data import Data, FileData, MadeOptions, Partition, SyntheticData, TextSource
 from deepfusion.config.models import MadeModel, Models, ModelSource, ModelType, Training
 from deepfusion.config.phases import (
+    Across,
     AssemblePhase,
     ClusterPhase,
     Consultation,
@@ -30,6 +31,7 @@ from deepfusion.config.runtime import Runtime
 from deepfusion.config.section import Section
 
 __all__ = [
+    "Across",
     "AssemblePhase",
     "ClusterPhase",
     "Consultation",

@@ -103,6 +103,9 @@ class TransferPhase(Section):
     processor or accelerator knows it."""
 
 
+Across = Literal["span_likelihood", "projected_kl", "hybrid_kl", "mined", "uld"]
+
+
 class LogitsObjective(Section):
     """CE + β·KL (Eq. 11 with α = 0)."""
 
@@ -118,8 +121,15 @@ class LogitsObjective(Section):
     distribution), so that β does not drown public text, or text from other tokenizers, in the rest."""
     temperature: float = Field(default=1.0, gt=0)
     """Softmax temperature of the KL; other than 1 only for teachers asked after the fact."""
+    across: Across = "span_likelihood"
+    """How a teacher is heard whose tokenizer cuts text differently from the student's. span_likelihood: by the
+    likelihood of each run of bytes that both tokenize as a whole (arXiv 2503.20083). The others by its probabilities
+    wherever both begin a token. projected_kl: KL over the finest outcomes that both vocabularies can tell apart (P-KL
+    of arXiv 2605.21699); hybrid_kl: over the teacher's tokens (H-KL of the same); mined: each of the teacher's tokens
+    stands for the student's at the least edit distance (arXiv 2406.02224); uld: sorted probabilities (arXiv
+    2402.12030)."""
     span_weight: float = Field(default=1.0, ge=0)
-    """Weight, within β, of the span likelihood that stands in for KL where tokenizers differ."""
+    """Weight, within β, of the span likelihood."""
     span_temperature: float = Field(default=10.0, gt=0)
     """τ of the span likelihood (arXiv 2503.20083)."""
 
@@ -244,6 +254,8 @@ class DistillPhase(Section):
             raise ValueError(
                 "shifted needs objective.kind: logits, for VAA's teachers are asked without their ancestors"
             )
+        if self.shifted and self.objective.across != "span_likelihood":
+            raise ValueError("shifted needs objective.across: span_likelihood, the only one whose base can be shifted")
         if self.shifted and not self.shares.joint:
             raise ValueError("shifted needs shares.joint above 0, whose budget pays for it")
         return self

@@ -89,6 +89,8 @@ def collate(items: Sequence[list[list[Lesson]]]) -> dict[str, Tensor]:
     topk_weight = np.zeros(shape, np.float32)
     chunk, chunk_logprobs = np.full(shape, -1, np.int64), list[np.ndarray]()
     chunk_weights = list[np.ndarray]()
+    places, outcome_logprobs, outcome_weight = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
+    members, told = list[np.ndarray](), 0
     pool_token, pool_slot = list[np.ndarray](), list[np.ndarray]()
     features: dict[str, list[tuple[int, np.ndarray]]] = {}
     chunks = number = pooled = 0
@@ -113,6 +115,13 @@ def collate(items: Sequence[list[list[Lesson]]]) -> dict[str, Tensor]:
                 chunk_logprobs.append(lesson.chunk_logprobs)
                 chunk_weights.append(_chunk_weights(lesson))
                 chunks += len(lesson.chunk_logprobs)
+            if lesson.places is not None and lesson.outcome_logprobs is not None:
+                places.append(r * width + at + lesson.places - 1)
+                outcome_logprobs.append(lesson.outcome_logprobs)
+                outcome_weight.append(lesson.weights[lesson.places])
+                if lesson.members is not None:
+                    members.append(lesson.members + np.array([told, 0, 0]))
+                told += len(lesson.places)
             if lesson.pool is not None and lesson.features is not None:
                 patches = lesson.features.shape[1]
                 pool_token.append(r * width + at + lesson.pool[:, 0])
@@ -137,6 +146,14 @@ def collate(items: Sequence[list[list[Lesson]]]) -> dict[str, Tensor]:
             "chunk_logprobs": np.concatenate(chunk_logprobs),
             "chunk_weight": np.concatenate(chunk_weights),
         }
+    if told:
+        batch |= {
+            "places": np.concatenate(places),
+            "outcome_logprobs": _stacked(outcome_logprobs),
+            "outcome_weight": np.concatenate(outcome_weight),
+        }
+        if members:
+            batch["members"] = np.concatenate(members)
     if pooled:
         batch |= {
             "pool_token": np.concatenate(pool_token),
@@ -147,6 +164,13 @@ def collate(items: Sequence[list[list[Lesson]]]) -> dict[str, Tensor]:
             batch[f"features:{lineage}"] = np.stack([f for _, f in pairs]).astype(np.float32)
             batch[f"features_document:{lineage}"] = np.array([d for d, _ in pairs], np.int64)
     return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def _stacked(tables: Sequence[np.ndarray]) -> np.ndarray:
+    """Tables of log-probabilities below each other, the narrow ones with outcomes of no probability added."""
+    width = max(table.shape[1] for table in tables)
+    wide = [np.pad(table, ((0, 0), (0, width - table.shape[1])), constant_values=-np.inf) for table in tables]
+    return np.concatenate(wide)
 
 
 def _chunk_weights(lesson: Lesson) -> np.ndarray:

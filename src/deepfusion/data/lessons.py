@@ -14,8 +14,9 @@ import numpy as np
 from deepfusion import alignment
 from deepfusion.config import Training
 from deepfusion.data.documents import Document
-from deepfusion.data.tokens import Tokenizer, chunk_spans, spelt
-from deepfusion.signals import Signal, Signals
+from deepfusion.data.hearing import Heard
+from deepfusion.data.tokens import Tokenizer, chunk_spans, common_starts, spelt
+from deepfusion.signals import Signal
 
 MAX_GAIN = 5.0  # nats: a token that the ancestor thought impossible must not drown all others
 
@@ -31,6 +32,9 @@ class Lesson:
     topk_logprobs: np.ndarray | None = None  # [n, k] float32
     chunk: np.ndarray | None = None  # [n] int64, chunk that token i belongs to, or -1: teacher of another tokenizer
     chunk_logprobs: np.ndarray | None = None  # [c] float32
+    places: np.ndarray | None = None  # [r] int64, tokens before which both begin one: teacher of another tokenizer
+    outcome_logprobs: np.ndarray | None = None  # [r, k] float32, what the teacher thinks comes there (-inf padding)
+    members: np.ndarray | None = None  # [m, 3] int64: (place, outcome, student's token of that outcome); none: ranks
     pool: np.ndarray | None = None  # [m, 2] int64, (token, patch) pairs
     features: np.ndarray | None = None  # [J, P, W] float16
     lineage: str = ""  # of the teacher that the features come from
@@ -89,7 +93,7 @@ def _lesson(ids: Sequence[int], weights: Sequence[float], tokenizer: Tokenizer, 
 def taught(
     document: Document,
     signal: Signal,
-    teacher: Signals,
+    teacher: Heard,
     tokenizer: Tokenizer,
     training: Training,
     *,
@@ -100,13 +104,13 @@ def taught(
     """A document with its teacher's signal, in the student's tokens; None when it does not fit the student.
 
     With equal tokenizers the teacher's own tokens are kept, so every position has its distribution. Otherwise the
-    document is tokenised anew and the teacher speaks through the likelihood of the chunks that both tokenizations
-    share.
+    document is tokenised anew, and the teacher speaks through the likelihood of the chunks that both tokenizations
+    share, or through its probabilities of what comes where both begin a token.
 
     Args:
         document: as it was written or asked about.
         signal: what the teacher said of it.
-        teacher: whose tokenizer and lineage that is.
+        teacher: who said it, and how it is heard.
         tokenizer: the student's.
         training: the longest lesson, and the weight of an answer.
         vocabulary: size of the student's head, in which models with one tokenizer can differ; none: the tokenizer's.
@@ -114,7 +118,7 @@ def taught(
         cluster: the cluster that knows the document.
         patches: patches of features to take along; 0: none.
     """
-    same = teacher.tokenizer == tokenizer.fingerprint
+    same = teacher.across is None
     vocabulary = min(vocabulary or len(tokenizer.table), len(tokenizer.table))
     if same:
         ids, ends = signal.ids.astype(np.int64), signal.ends
@@ -130,14 +134,16 @@ def taught(
         known = signal.topk_ids < vocabulary
         extra["topk_ids"] = np.where(known, signal.topk_ids, 0).astype(np.int64)
         extra["topk_logprobs"] = np.where(known, signal.topk_logprobs, -np.inf).astype(np.float32)
-    else:
+    elif teacher.across == "span_likelihood":
         chunk, chunk_logprobs = _chunks(ends, signal)
         extra["chunk"], extra["chunk_logprobs"] = chunk, chunk_logprobs
+    else:
+        extra |= _told(ids, ends, signal, teacher, tokenizer, vocabulary)
     if patches and signal.features is not None:
         total = len(document.text.encode())
         pairs = alignment.patch_membership([int(e) for e in ends[1:-1]], total, patches)
         extra["pool"] = np.array([(token + 1, patch) for token, patch in pairs], np.int64).reshape(-1, 2)
-        extra["features"], extra["lineage"] = signal.features, teacher.lineage
+        extra["features"], extra["lineage"] = signal.features, teacher.signals.lineage
     return Lesson(ids=ids, weights=weights, cluster=cluster, **extra)
 
 
@@ -183,3 +189,44 @@ def _chunks(ends: np.ndarray, signal: Signal) -> tuple[np.ndarray, np.ndarray]:
             chunk[a_from:a_to] = len(logprobs)
             logprobs.append(likelihood)
     return chunk, np.array(logprobs, np.float32)
+
+
+def _told(
+    ids: np.ndarray, ends: np.ndarray, signal: Signal, teacher: Heard, tokenizer: Tokenizer, vocabulary: int
+) -> dict[str, np.ndarray]:
+    """What the teacher thinks comes next wherever both tokenizations begin a token, by outcomes or (none) by ranks."""
+    assert teacher.table is not None
+    here, there = common_starts(ids, ends, tokenizer.table, signal.ids, signal.ends, teacher.table)
+    known = teacher.outcomes
+    if known is None:
+        ranked = -np.sort(-signal.topk_logprobs[there].astype(np.float32), axis=1)
+        kept = np.isfinite(ranked).any(1)
+        return {"places": here[kept], "outcome_logprobs": ranked[kept]}
+    of, logprobs = _grouped(known.teacher[signal.topk_ids[there]], signal.topk_logprobs[there].astype(np.float32))
+    kept = np.isfinite(logprobs).any(1)
+    of, logprobs = of[kept], logprobs[kept]
+    place, slot = np.nonzero(np.isfinite(logprobs))
+    tokens, which = known.members(of[place, slot])
+    members = np.stack([place[which], slot[which], tokens], 1)[tokens < vocabulary]
+    sayable = np.zeros(logprobs.shape, bool)
+    sayable[members[:, 0], members[:, 1]] = True
+    return {
+        "places": here[kept],
+        "outcome_logprobs": np.where(sayable, logprobs, -np.inf).astype(np.float32),
+        "members": members,
+    }
+
+
+def _grouped(of: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of tokens' outcomes `[r, k]` (-1 the rest) and log-probabilities, as rows of outcomes, each once."""
+    of = np.where(np.isfinite(logprobs), of, -1)
+    order = np.argsort(of, axis=1, kind="stable")
+    of, logprobs = np.take_along_axis(of, order, 1), np.take_along_axis(logprobs, order, 1)
+    slot = np.cumsum(np.diff(of, axis=1, prepend=of[:, :1]) != 0, axis=1)
+    row = np.broadcast_to(np.arange(len(of))[:, None], of.shape)
+    mass, outcome = np.zeros(of.shape, np.float64), np.full(of.shape, -1, np.int64)
+    inside = of >= 0
+    np.add.at(mass, (row[inside], slot[inside]), np.exp(logprobs[inside], dtype=np.float64))
+    outcome[row[inside], slot[inside]] = of[inside]
+    with np.errstate(divide="ignore"):
+        return outcome, np.log(mass).astype(np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,6 +37,41 @@ def spelt(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     inner, ends = tokenizer.encode(text)
     ids = np.array([tokenizer.start, *inner, tokenizer.end], np.int64)
     return ids, np.array([0, *ends, ends[-1] if ends else 0], np.int32)
+
+
+def common_starts(
+    ids: np.ndarray,
+    ends: np.ndarray,
+    table: Sequence[bytes],
+    others: np.ndarray,
+    their_ends: np.ndarray,
+    their_table: Sequence[bytes],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Places of tokens that begin at one byte in two tokenizations of a text, with start and end tokens; `[r]` each.
+
+    Not a first token with a space that is not in the text: the other tokenizer says without it what comes there.
+
+    Args:
+        ids: tokens, start and end tokens included.
+        ends: the byte at which each ends.
+        table: the bytes of the tokenizer's tokens.
+        others: the same of the other tokenization, as are `their_ends` and `their_table`.
+    """
+
+    def as_written(place: int, ids: np.ndarray, ends: np.ndarray, table: Sequence[bytes]) -> bool:
+        return ends[place - 1] > 0 or len(table[ids[place]]) == ends[place]
+
+    # Of tokens that begin at one byte the last: those before it have no width.
+    begins = {int(end): place + 1 for place, end in enumerate(their_ends[:-1])}
+    pairs = [
+        (place, begins[start])
+        for place in range(1, len(ends))
+        if (start := int(ends[place - 1])) in begins
+        and as_written(place, ids, ends, table)
+        and as_written(begins[start], others, their_ends, their_table)
+    ]
+    both = np.array(pairs, np.int64).reshape(-1, 2)
+    return both[:, 0], both[:, 1]
 
 
 def chunk_spans(ends: np.ndarray, teacher_ends: np.ndarray) -> list[tuple[int, int, int, int]]:

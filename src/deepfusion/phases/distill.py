@@ -21,6 +21,7 @@ from deepfusion import alignment, checkpoints
 from deepfusion.artifacts import Artifact, Checkpoint, Proxy, Teaching, TransferSet, Upload, Work
 from deepfusion.config import Consultation, DistillPhase, Features, Runtime
 from deepfusion.data.documents import TransferDocument, read_jsonl
+from deepfusion.data.hearing import keep_tokenizer
 from deepfusion.data.tokens import Tokenizer
 from deepfusion.families import Role, context_length, family
 from deepfusion.objectives.vaa import pool_patches, prepared, teacher_layers
@@ -129,6 +130,7 @@ def consult(
         of = _prepared(of, config.features)
     signals = Signals(tokenizer.fingerprint, teacher.lineage, of)
     signals.save(into / "signals.safetensors")
+    keep_tokenizer(tokenizer.fingerprint, teacher.model, into / "tokenizers")
     return Teaching(
         folder=into,
         teacher=name,

@@ -23,10 +23,12 @@ from deepfusion import checkpoints
 from deepfusion.artifacts import Checkpoint, TransferSet, Work
 from deepfusion.config import Runtime, TransferPhase
 from deepfusion.data.documents import TransferDocument, read_jsonl
+from deepfusion.data.hearing import in_own_tokens
 from deepfusion.data.tokens import Tokenizer, chunk_spans, spelt
 from deepfusion.families import context_length
 from deepfusion.progress import Ticker
 from deepfusion.signals import Signal, Signals
+from deepfusion.store import link_tree
 from deepfusion.writing import opinions
 
 LEAST = 1e-6  # probability of all tokens that were not kept: below it, rounding of those that were decides
@@ -61,7 +63,7 @@ def shift(
     tokens = 0
     (into / "signals").mkdir(exist_ok=True)
     for path in sorted(transfer.signals.glob("*.safetensors")):
-        said = Signals.load(path)
+        said = in_own_tokens(Signals.load(path), transfer.tokenizers, tokenizer)
         readings = {
             name: reading
             for name, signal in said.of.items()
@@ -70,6 +72,8 @@ def shift(
         tokens += sum(len(reading.ids) for reading in readings.values())
         of = said.of | _shifted(said.of, readings, model, tokenizer, ticker)
         Signals(said.tokenizer, said.lineage, of).save(into / "signals" / path.name)
+    if transfer.tokenizers.is_dir():
+        link_tree(transfer.tokenizers, into / "tokenizers")
     shutil.copyfile(transfer.documents, into / transfer.documents.name)
     work = Work(tokens=tokens, forward=float(tokens * base.active_parameters))
     return transfer.model_copy(update={"folder": into, "work": work}).sealed()

@@ -19,6 +19,7 @@ from deepfusion import checkpoints
 from deepfusion.artifacts import Checkpoint, Clusters, Corpus, Proxy, TransferSet, Upload, Work, Writing
 from deepfusion.config import Runtime, TransferPhase
 from deepfusion.data.documents import Document, TransferDocument, read_jsonl, write_jsonl
+from deepfusion.data.hearing import keep_tokenizer
 from deepfusion.data.tokens import Tokenizer
 from deepfusion.encoders import PROJECTION_SEED, similarity_to
 from deepfusion.phases.proxy import name_of
@@ -124,6 +125,7 @@ def write_cluster(
             work += Work(tokens=tokens, forward=float(tokens * writer.active_parameters))
             kept_as = into / "signals" / f"{writer.name}.safetensors"
             Signals(tokenizer.fingerprint, writer.lineage, signals).save(kept_as)
+            keep_tokenizer(tokenizer.fingerprint, writer.folder, into / "tokenizers")
             by_writer[writer.name] = len(signals)
     write_jsonl(into / "documents.jsonl", kept)
     counts = Counter(dict(sorted(counts.items())))
@@ -155,6 +157,7 @@ def gather(
         by_writer |= writing.by_writer
         if writing.signals.is_dir():
             link_tree(writing.signals, into / "signals")
+            link_tree(writing.tokenizers, into / "tokenizers")
     if not documents:
         raise ValueError("the transfer set is empty: nothing public, and every written document was dropped")
     write_jsonl(into / "documents.jsonl", documents)
