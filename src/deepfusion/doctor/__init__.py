@@ -98,7 +98,7 @@ def _inputs(recipe: Recipe, scratch: Path) -> tuple[list[Check], list[Task]]:
         return found, []
     devices = [device.id for device in reading.corpus.devices]
     found += models.lineages({start.name: start for key, start in starts.items() if key != BASE}, devices, recipe)
-    found += tokenizers.checks(starts, reading.public)
+    found += tokenizers.checks(starts, reading.public, recipe)
     measured = {start.tokenizer.fingerprint: lengths.Lengths(start.tokenizer) for start in starts.values()}
     found += lengths.checks(reading, starts, measured, recipe)
     return found, [] if base.state == "problem" else worked_out(Extent(recipe, reading, starts, measured))

@@ -1,0 +1,38 @@
+"""How much of what a teacher says a student of another tokenizer can hear: the coverage audit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from deepfusion.data.tokens import Tokenizer, chunk_spans, common_starts, spelt
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Of the same texts in two tokenizations."""
+
+    chunks: float
+    """Smallest runs of bytes that both tokenize as a whole, per token of the student's."""
+    starts: float
+    """Share of the student's tokens before which the teacher begins one too."""
+    known: float
+    """Share of the teacher's tokens that the student has too, by their bytes."""
+
+
+def coverage(teacher: Tokenizer, student: Tokenizer, texts: Iterable[str]) -> Coverage | None:
+    """None where no text can be spelt by both."""
+    vocabulary = set(student.table)
+    chunks = starts = known = tokens = teachers = 0
+    for text in texts:
+        try:
+            ids, ends = spelt(text, student)
+            others, their_ends = spelt(text, teacher)
+        except ValueError:
+            continue
+        inner = others[1:-1]
+        chunks += len(chunk_spans(ends, their_ends)) - 1
+        starts += len(common_starts(ids, ends, student.table, others, their_ends, teacher.table)[0]) - 1  # not the end
+        known += sum(teacher.table[token] in vocabulary for token in inner)
+        tokens, teachers = tokens + len(ids) - 2, teachers + len(inner)
+    return Coverage(chunks / tokens, starts / tokens, known / teachers) if tokens and teachers else None
