@@ -5,13 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from cases import Made
+from cases import CASES, Made
 from deepfusion import adapters
 from deepfusion.checkpoints import open_model, parameters, validate
 from deepfusion.config import LoRA
 from pico import adapted
 
 pytestmark = pytest.mark.contracts
+DENSE = [name for name, case in CASES.items() if not case.family.routes]
+ROUTED = [name for name in CASES if name not in DENSE]
 SMALL = LoRA(rank=3, alpha=6.0)
 TEXT = [0, 40, 41, 42, 43, 44, 45]
 
@@ -21,12 +23,15 @@ def says(model: torch.nn.Module) -> torch.Tensor:
         return model(torch.tensor([TEXT])).logits[0]
 
 
+@pytest.mark.parametrize("made", ROUTED, indirect=True)
+def test_experts_take_no_adapter(made: Made) -> None:
+    with pytest.raises(ValueError, match=rf"experts of a {made.family.model_type}: set device\.method: full"):
+        adapters.attach(open_model(made.folder), SMALL, seed=0)
+
+
+@pytest.mark.parametrize("made", DENSE, indirect=True)
 def test_every_matrix_of_the_layers_is_adapted(made: Made) -> None:
     model = open_model(made.folder)
-    if made.family.routes:
-        with pytest.raises(ValueError, match=rf"experts of a {made.family.model_type}: set device\.method: full"):
-            adapters.attach(model, SMALL, seed=0)
-        return
     matrices = [
         tensor.shape
         for name, tensor in model.state_dict().items()
@@ -39,9 +44,8 @@ def test_every_matrix_of_the_layers_is_adapted(made: Made) -> None:
     assert torch.equal(says(model), made.logits(TEXT))  # until it is trained
 
 
+@pytest.mark.parametrize("made", DENSE, indirect=True)
 def test_what_is_merged_is_what_was_trained(made: Made, tmp_path: Path) -> None:
-    if made.family.routes:
-        return
     model = adapted(made.folder, SMALL)
     assert (says(model) - made.logits(TEXT)).abs().max() > 1e-2
     adapters.save(model, made.folder, SMALL, tmp_path / "adapter")
