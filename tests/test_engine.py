@@ -1,6 +1,7 @@
 import errno
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -177,6 +178,15 @@ def test_a_crash_is_gone_on_from(tmp_path: Path) -> None:
     assert left(tmp_path) == ["a"]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Shells have what they start in the background ignore Ctrl-C, the tests included."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_reaches_a_step_and_leaves_it_to_go_on_from(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt), Engine(Store(tmp_path), HERE) as engine:

@@ -31,7 +31,7 @@ from tiny import FAST, HERE, corpus, folder, transfer
 
 pytestmark = pytest.mark.contracts
 KNOWN, PADDING = 320, 8  # tokens of the tokenizer, and what models have beside them
-OBJECTIVE = VAAObjective(stages=2, patches=3, width=8, heads=2, standardise=False)
+OBJECTIVE = VAAObjective(stages=2, patches=3, width=8, heads=2, standardise="none")
 
 
 def padded_copy(made: Made, into: Path) -> Path:
