@@ -30,6 +30,8 @@ from deepfusion.errors import InputError
 # Every step needs these, and they are slow to import: once before forking, instead of once per step.
 PRELOADED = ("accelerate", "sklearn.cluster", "torch", "transformers.trainer", "deepfusion.preload")
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+# Of mallopt(3): M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD, in bytes.
+KEPT_BY_ALLOCATOR = ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 26))
 LONGEST_MESSAGE = 2000  # characters: what is told about an error must fit into a pipe at once
 
 # Where it is installed, transformers imports it, and it complains that there are faster kernels to download.
@@ -46,6 +48,17 @@ def call(function: str, arguments: dict[str, Any], into: Path, runtime: Any) -> 
     takes = inspect.signature(target).parameters
     extra = {key: value for key, value in {"runtime": runtime, "resume": True}.items() if key in takes}
     target(**arguments, **extra, into=into)
+
+
+def keep_freed_memory() -> None:
+    """Let this process's allocator keep what is freed for what comes next, where it is glibc's.
+
+    By default it gives large tensors back to the system and has them cleared page by page when the next ones are made,
+    which is a quarter of the time of training a model of 135 million parameters on a processor.
+    """
+    if sys.platform == "linux" and hasattr(allocator := ctypes.CDLL(None), "mallopt"):
+        for parameter, value in KEPT_BY_ALLOCATOR:
+            allocator.mallopt(parameter, value)
 
 
 def settle(runtime: Any) -> None:
@@ -108,6 +121,7 @@ def _run_child(task: dict[str, Any], parent: int, tell: int) -> None:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         settle(task["runtime"])
+        keep_freed_memory()
         call(task["function"], task["arguments"], task["into"], task["runtime"])
     except BaseException as error:
         try:

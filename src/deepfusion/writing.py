@@ -16,6 +16,8 @@ from deepfusion.families import context_length, family, head
 from deepfusion.scoring import LOGITS_AT_ONCE
 from deepfusion.signals import Signal
 
+MANY_TOKENS = 2**17  # a vocabulary above this is drawn from by one number a row
+
 
 @dataclass(frozen=True)
 class Written:
@@ -95,10 +97,7 @@ def _continued(
         logits, cache = _last_logits(model, step, mask, cache)
         log_p = torch.log_softmax(logits[:, : len(tokenizer.table)].float(), -1)
         best = log_p.topk(min(top_k, log_p.shape[-1]), -1)
-        if temperature > 0:
-            chosen = torch.multinomial((log_p / temperature).softmax(-1), 1, generator=generator)
-        else:
-            chosen = best.indices[:, :1]
+        chosen = _drawn((log_p / temperature).softmax(-1), generator) if temperature > 0 else best.indices[:, :1]
         tokens.append(torch.where(alive, chosen[:, 0], tokenizer.end))
         logprobs.append(log_p.gather(1, chosen)[:, 0])
         best_ids.append(best.indices)
@@ -110,6 +109,16 @@ def _continued(
         mask = torch.cat([mask, torch.ones(rows, 1, dtype=mask.dtype, device=device)], 1)
     columns = [torch.stack(each, 1).cpu().numpy() for each in (tokens, logprobs, best_ids, best_logprobs)]
     return [[column[row, : room[row]] for column in columns] for row in range(rows)]
+
+
+def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One token a row, `[rows, 1]`, of probabilities `[rows, V]`."""
+    if probabilities.shape[-1] <= MANY_TOKENS:
+        return torch.multinomial(probabilities, 1, generator=generator)
+    # `multinomial` draws a number for every token, which takes longer than the model where there are 262,144 of them.
+    upto = probabilities.cumsum(-1, dtype=torch.float64)
+    place = torch.rand(len(upto), 1, dtype=torch.float64, generator=generator, device=upto.device) * upto[:, -1:]
+    return torch.searchsorted(upto, place, right=True).clamp(max=upto.shape[-1] - 1)
 
 
 def _longest(model: PreTrainedModel) -> int:

@@ -73,7 +73,9 @@ def run(model: Path, folder: Path, questions: list[Question], name: str, **optio
     into = folder / name
     into.mkdir()
     write_jsonl(folder / "test.jsonl", questions)
-    config = EvaluatePhase(batch_tokens=int(options.pop("batch_tokens", 64)))
+    config = EvaluatePhase(
+        batch_tokens=int(options.pop("batch_tokens", 64)), removal=bool(options.pop("removal", True))
+    )
     scores = evaluate(
         model, folder / "test.jsonl", config, system="base", item=None, into=into, runtime=RUNTIME, **options
     )
@@ -200,6 +202,16 @@ def test_removal_is_the_change_without_the_expert(mixtral: Path, tmp_path: Path)
     (change,) = (r for r in scores.routing["removal"] if r["expert"] == 1 and r["domain"] == "law")
     assert change["nats_per_token"] == pytest.approx((after.answer_nats - rows[0].answer_nats) / 10, abs=1e-5)
     assert change["token_accuracy"] == pytest.approx((after.correct_tokens - rows[0].correct_tokens) / 10)
+
+
+def test_removal_can_be_left_out(mixtral: Path, tmp_path: Path) -> None:
+    (whole, rows), (less, same) = (
+        run(mixtral, tmp_path, QUESTIONS, f"moe-{removal}", routing=True, removal=removal) for removal in (True, False)
+    )
+    assert whole.routing is not None
+    assert whole.routing["removal"]
+    assert less.routing == {**whole.routing, "removal": []}
+    assert rows == same
 
 
 def _ids(model: Path, text: str) -> list[int]:

@@ -14,7 +14,7 @@ from deepfusion.data.documents import Document, TransferDocument, read_jsonl
 from deepfusion.data.tokens import Tokenizer
 from deepfusion.phases.device import train_device
 from deepfusion.phases.proxy import average, name_of
-from deepfusion.phases.transfer import NOTICE, Writer, _shares, _who_answers, gather, write_cluster
+from deepfusion.phases.transfer import NOTICE, Writer, _shares, _who_answers, divided, gather, write_cluster
 from deepfusion.signals import Signals
 from deepfusion.writing import Written
 from tiny import FAST, HERE, PRIVATE, PUBLIC, checkpoint, clusters, corpus, folder, said
@@ -257,3 +257,30 @@ def test_no_text_at_all_is_an_error(world: World, tmp_path: Path) -> None:
     empty = world.write(0, world.uploads[:1], tmp_path / "none", kinds=("sampled",), sampled_per_cluster=0)
     with pytest.raises(ValueError, match="the transfer set is empty: nothing public"):
         gathered(world, [empty], tmp_path / "set", kinds=("sampled",))
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        ("A firm sells tea.\nWhat is sold?\nTea, it says.", "A firm sells tea.\nWhat is sold?\n"),
+        ("Why?\nAsk why?\nNobody knows.", "Why?\n"),  # at the first mark
+        ("No question here.\nNone.", ""),
+        ("Is this all?\n", ""),  # nothing is left to answer
+    ],
+)
+def test_a_written_text_is_told_apart_into_prompt_and_answer(text: str, prompt: str) -> None:
+    whole = TransferDocument(id="a/s0", domain="cluster-0", answer=text, kind="sampled", writer="a", cluster=0)
+    parted = divided(whole, "?\n")
+    assert (parted.prompt, parted.text) == (prompt, text)
+    assert parted.model_copy(update={"prompt": "", "answer": text}) == whole
+    assert divided(whole, None) is whole
+
+
+def test_answers_keep_their_own_prompt(world: World, tmp_path: Path) -> None:
+    made = world.write(0, world.uploads[:1], tmp_path / "written")
+    marked = CONFIG.model_copy(update={"answer_after": " "})
+    said = gather([made], world.clusters, world.corpus, marked, encoder="hashing", into=folder(tmp_path / "set"))
+    before, after = ({d.id: d for d in read(one) if d.writer} for one in (made, said))
+    assert {name: d.text for name, d in before.items()} == {name: d.text for name, d in after.items()}
+    assert all(after[name] == d for name, d in before.items() if d.kind == "answered")
+    assert all(after[name].prompt == d.answer.partition(" ")[0] + " " for name, d in before.items() if not d.prompt)

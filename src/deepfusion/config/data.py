@@ -83,7 +83,8 @@ class FileData(Section):
     prompt: str = "{context}\n{question}\n"
     """Template of a prompt; an absent context takes its line with it."""
     max_answer_bytes: int | None = Field(default=None, ge=1)
-    """Leave out rows whose answer is longer than this many UTF-8 bytes (counted in the report); none: keep all."""
+    """Leave out rows whose answer is longer than this many UTF-8 bytes (counted in the report); none: keep all. Plain
+    text (`.txt`) has no answers, and is kept."""
     made_options: MadeOptions | None = None
     """Give test questions without options some (choice accuracy); none: leave them as they are."""
     heldout_share: float = Field(default=0.05, ge=0, lt=1)

@@ -94,6 +94,9 @@ class TransferPhase(Section):
     """Longest text written, in the writer's tokens; what does not end by itself within it is dropped and counted."""
     min_bytes: int = Field(default=8, ge=0)
     """Shorter written documents are dropped and counted."""
+    answer_after: str | None = Field(default=None, min_length=1)
+    """What ends the question in devices' text, such as "?\\n": a written text is an answer, with the weight of answers,
+    from behind the first place where it stands, and a prompt before. None: a written text is all answer."""
     top_k: int = Field(default=32, ge=1)
     """Probabilities kept with each written token: the teacher of that document."""
     batch: int = Field(default=64, ge=1)
@@ -364,6 +367,8 @@ class EvaluatePhase(Section):
     """Most tokens the centralised MoE may train on; it stops earlier when held-out text no longer improves."""
     patience: int = Field(default=3, ge=1)
     """Held-out evaluations without improvement before the centralised MoE stops."""
+    removal: bool = True
+    """Measure what a MoE loses without each expert: takes a further pass over the test text for every one of them."""
     batch_tokens: int = Field(default=8192, ge=64)
     """Tokens scored at a time."""
     dtype: Literal["float32", "bfloat16"] = "float32"

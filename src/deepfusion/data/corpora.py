@@ -182,7 +182,8 @@ def _rows(source: TextSource, config: FileData, counts: Counter[str]) -> list[Ro
             counts["left_out_by_where"] += 1
             continue
         row = _row(origin, raw, source, config.prompt)
-        if config.max_answer_bytes is not None and len(row.answer.encode()) > config.max_answer_bytes:
+        too_long = config.max_answer_bytes is not None and len(row.answer.encode()) > config.max_answer_bytes
+        if row.prompt and too_long:  # plain text has no answer: it is cut into lessons instead
             counts["left_out_long_answers"] += 1
         else:
             rows.append(row)

@@ -45,7 +45,8 @@ def evaluate(
     Writes `rows.jsonl`, one `ScoredQuestion` a line in the file's order. A question longer than the model's context
     loses the beginning of its prompt. With `routing` (MoE only) `Scores.routing` holds `RoutingTally.summary` over the
     tokens that the model reads (start, prompt, answer without its last), `removal` (per student's expert or experts and
-    domain, how nats per answer token and token accuracy change when no token can reach them) and `expert_difference`.
+    domain, how nats per answer token and token accuracy change when no token can reach them; empty without
+    `config.removal`) and `expert_difference`.
     With `known`, the scores of the same weights on the same text under another name, nothing is computed.
 
     Raises:
@@ -78,7 +79,7 @@ def evaluate(
         for option in question.options or ()
         if option != question.answer
     }
-    passes = 1 + (experts_of(network).clusters if routing else 0)
+    passes = 1 + (experts_of(network).clusters if routing and config.removal else 0)
     total = sum(len(p.ids) for p in answers) * passes + sum(len(p.ids) for p in others.values())
     ticker = Ticker(into, total)
 
@@ -86,7 +87,7 @@ def evaluate(
         return score(network, pieces, start, config.batch_tokens, ticker.advance, observe)
 
     chosen = dict(zip(others, run(list(others.values())), strict=True))
-    scores, facts = _examine(network, questions, answers, run) if routing else (run(answers), None)
+    scores, facts = _examine(network, questions, answers, run, config.removal) if routing else (run(answers), None)
     rows = [
         row(question, piece, score, [chosen.get((i, option), score) for option in question.options or ()])
         for i, (question, piece, score) in enumerate(zip(questions, answers, scores, strict=True))
@@ -96,9 +97,13 @@ def evaluate(
 
 
 def _examine(
-    network: nn.Module, questions: Sequence[Question], answers: Sequence[Piece], run: Callable[..., list[Score]]
+    network: nn.Module,
+    questions: Sequence[Question],
+    answers: Sequence[Piece],
+    run: Callable[..., list[Score]],
+    removal: bool,
 ) -> tuple[list[Score], dict[str, Any]]:
-    """Score the answers while watching the routers, then once more without each expert."""
+    """Score the answers while watching the routers, then, if wanted, once more without each expert."""
     moe = experts_of(network)
     names = sorted({question.domain for question in questions})
     domains = [names.index(question.domain) for question in questions]
@@ -110,12 +115,12 @@ def _examine(
             routed.clear()
 
         scores = run(answers, observe)
-    removal: list[dict[str, Any]] = []
-    for cluster in range(moe.clusters) if moe.clusters > 1 else ():
+    removed: list[dict[str, Any]] = []
+    for cluster in range(moe.clusters) if removal and moe.clusters > 1 else ():
         # Nor the spare ones: they are no substitute, but would beat students whose logits are negative.
         with without_experts(network, [*moe.of(cluster), *moe.spare]):
-            removal += changes(questions, scores, run(answers), cluster)
-    facts = {**tally.summary(), "clusters": moe.clusters, "removal": removal}
+            removed += changes(questions, scores, run(answers), cluster)
+    facts = {**tally.summary(), "clusters": moe.clusters, "removal": removed}
     return scores, {**facts, "expert_difference": expert_difference(network)}
 
 

@@ -137,6 +137,8 @@ def gather(
 ) -> TransferSet:
     """Put the public text and everything written together; a public document is known by the cluster it resembles most.
 
+    What was written from nothing is told apart into prompt and answer (`config.answer_after`).
+
     Raises:
         ValueError: there is no text at all.
     """
@@ -152,7 +154,8 @@ def gather(
         counts["public"] = len(public)
     by_writer: dict[str, int] = {}
     for writing in writings:
-        documents += read_jsonl(writing.documents, TransferDocument)
+        written = read_jsonl(writing.documents, TransferDocument)
+        documents += (divided(document, config.answer_after) for document in written)
         counts.update(writing.counts)
         by_writer |= writing.by_writer
         if writing.signals.is_dir():
@@ -178,6 +181,14 @@ def gather(
         notices=((NOTICE,) if by_writer else ()) + silent,
         work=sum((writing.work for writing in writings), Work()),
     ).sealed()
+
+
+def divided(document: TransferDocument, answer_after: str | None) -> TransferDocument:
+    """The same text, its answer what stands behind the first `answer_after`; as it is if nothing does, or none."""
+    if answer_after is None or document.prompt:
+        return document
+    before, mark, answer = document.answer.partition(answer_after)
+    return document.model_copy(update={"prompt": before + mark, "answer": answer}) if answer else document
 
 
 def _open(folder: Path, config: TransferPhase, runtime: Runtime) -> tuple[PreTrainedModel, Tokenizer]:
