@@ -266,6 +266,7 @@ class TransferSet(Artifact):
     by_writer: dict[str, int]  # writer → documents
     private_text_risk: bool  # True when devices' models wrote any of it
     notices: tuple[str, ...] = ()
+    shifted: bool = False  # the signals are shifts of a base's own probabilities
 
     @property
     def documents(self) -> Path:

@@ -108,7 +108,9 @@ def transfer_lessons(
     longest = context_length(shape) or training.context
     training = training.model_copy(update={"context": min(training.context, longest)})
     tokenizer = Tokenizer(checkpoints.open_tokenizer(student.folder))
-    across, knows_of = objective.across, {teaching.teacher: teaching.cluster for teaching in teachings}
+    # Of a shifted teacher nothing but the likelihood of chunks has been shifted across tokenizers.
+    across = "span_likelihood" if transfer.shifted else objective.across
+    knows_of = {teaching.teacher: teaching.cluster for teaching in teachings}
     said = hear({one.teacher: (Signals.load(one.signals), one.tokenizers) for one in teachings}, tokenizer, across)
     written = {path.stem: Signals.load(path) for path in sorted(transfer.signals.glob("*.safetensors"))}
     kept = hear({name: (signals, transfer.tokenizers) for name, signals in written.items()}, tokenizer, across)

@@ -1,3 +1,8 @@
+from typing import get_args
+
+import pytest
+
+from deepfusion.config import Across
 from deepfusion.data.coverage import Coverage, coverage
 from deepfusion.data.tokens import Tokenizer
 from kinds import byte_level, llama_style, unigram
@@ -30,3 +35,19 @@ def test_nothing_in_common() -> None:
     assert coverage(one, one, []) is None
     assert coverage(one, one, [""]) is None
     assert isinstance(coverage(one, one, ["", "x"]), Coverage)
+
+
+@pytest.mark.parametrize(
+    ("shared", "how"),
+    [
+        (Coverage(chunks=0.9, starts=0.9, known=0.2), "span_likelihood"),
+        (Coverage(chunks=0.3, starts=0.5, known=0.8), "projected_kl"),
+        (Coverage(chunks=0.3, starts=0.5, known=0.2), "span_likelihood"),  # little either way
+        (Coverage(chunks=0.9, starts=0.9, known=0.9), "span_likelihood"),
+    ],
+)
+def test_auto_is_what_says_more(shared: Coverage, how: Across) -> None:
+    assert shared.chosen("auto") == how
+    for asked in get_args(Across):
+        if asked != "auto":
+            assert shared.chosen(asked) == asked

@@ -176,3 +176,32 @@ def test_outcomes_are_worked_out_once_for_teachers_of_one_tokenizer(
     assert heard_ones["one"].outcomes is heard_ones["two"].outcomes
     said = [signal.topk_ids for signals, _ in voices.values() for signal in signals.of.values()]
     assert made == [len(np.unique(np.concatenate([ids.ravel() for ids in said])))]
+
+
+# ── what auto is ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_auto_is_decided_for_each_teacher_by_what_it_spoke_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Russian the student spells bytes, and so does one teacher; the other has whole words."""
+    monkeypatch.setattr("deepfusion.data.coverage.FOREIGN", 0.1)
+    voices: dict[str, tuple[Signals, Path]] = {}
+    for kind in ("unigram", "byte-level"):
+        tokenizer(kind).raw.save_pretrained(tmp_path / kind)
+        teacher = Tokenizer(open_tokenizer(tmp_path / kind))
+        keep_tokenizer(teacher.fingerprint, tmp_path / kind, tmp_path / "kept")
+        said = told("два слова и ещё два слова", teacher, 0)
+        voices[kind] = (Signals(teacher.fingerprint, kind, {"a": said}), tmp_path / "kept")
+    found = hear(voices, tokenizer("llama"), "auto")
+    assert {kind: one.across for kind, one in found.items()} == {
+        "unigram": "span_likelihood",
+        "byte-level": "projected_kl",
+    }
+    assert {kind: one.outcomes is not None for kind, one in found.items()} == {"unigram": False, "byte-level": True}
+
+
+def test_a_shifted_teacher_is_heard_by_chunks(tmp_path: Path) -> None:
+    writer, student = checkpoint("gpt2", tmp_path / "writer", vocab=300), checkpoint("llama", tmp_path / "student")
+    made = transfer(folder(tmp_path / "transfer"), writer).model_copy(update={"shifted": True})
+    found = transfer_lessons(student, made, (), FAST, objective=LogitsObjective(across="projected_kl"))
+    assert sum(one.chunk is not None for one in found) == 4
+    assert all(one.places is None for one in found)

@@ -38,3 +38,17 @@ def test_a_teacher_with_hardly_a_token_in_common_is_a_warning(tmp_path: Path) ->
         [spoken] = checks(found, texts, Recipe.load("smoke", [f"distill.objective.across={across}"]))
         assert spoken.state == "warning"
         assert words in spoken.fact
+
+
+def test_what_auto_chooses_is_told(tmp_path: Path) -> None:
+    found = starts(tmp_path, 300)
+    [other] = checks(found, DOCUMENTS, Recipe.load("smoke", ["distill.objective.across=auto"]))
+    assert other.fact.startswith("different tokenizers, taught by span_likelihood: ")
+    key = "models.ancestors.a"
+    found[key] = replace(found[key], tokenizer=Tokenizer(byte_level()))
+    texts = [Document(id="a", domain="x", answer="два слова и ещё два слова " * 3)]
+    for shifted in (True, False):  # little either way
+        asked = Recipe.load("smoke", ["distill.objective.across=auto", f"distill.shifted={str(shifted).lower()}"])
+        [spoken] = checks(found, texts, asked)
+        assert spoken.state == "warning"
+        assert "taught by span_likelihood" in spoken.fact

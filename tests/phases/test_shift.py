@@ -252,7 +252,8 @@ def test_all_but_the_probabilities_stays(world: World, tmp_path: Path) -> None:
     assert made.digest == again.digest != world.transfer.digest
     assert TransferSet.load(tmp_path / "a") == made
     assert made.documents.read_bytes() == world.transfer.documents.read_bytes()
-    changed = {"folder", "digest", "work"}
+    changed = {"folder", "digest", "work", "shifted"}
+    assert made.shifted
     assert made.model_dump(exclude=changed) == world.transfer.model_dump(exclude=changed)
     student = Tokenizer(open_tokenizer(world.base.folder))
     told, found = signals(world.transfer, "d-law"), texts(made)
@@ -316,7 +317,7 @@ def test_without_ancestors_nothing_is_shifted(world: World, tmp_path: Path) -> N
     plain = transfer(folder(tmp_path / "plain"), world.others["d-law"])
     made = shift(world.base, plain, TransferPhase(), into=folder(tmp_path / "a"), runtime=HERE)
     assert made.work == Work()
-    assert made.digest == plain.model_copy(update={"work": Work()}).sealed().digest
+    assert made.digest == plain.model_copy(update={"work": Work(), "shifted": True}).sealed().digest
 
 
 def test_what_the_base_cannot_read_stays_as_it_is(

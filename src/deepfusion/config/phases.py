@@ -106,7 +106,7 @@ class TransferPhase(Section):
     processor or accelerator knows it."""
 
 
-Across = Literal["span_likelihood", "projected_kl", "hybrid_kl", "mined", "uld"]
+Across = Literal["auto", "span_likelihood", "projected_kl", "hybrid_kl", "mined", "uld"]
 
 
 class LogitsObjective(Section):
@@ -124,8 +124,10 @@ class LogitsObjective(Section):
     distribution), so that β does not drown public text, or text from other tokenizers, in the rest."""
     temperature: float = Field(default=1.0, gt=0)
     """Softmax temperature of the KL; other than 1 only for teachers asked after the fact."""
-    across: Across = "span_likelihood"
-    """How a teacher is heard whose tokenizer cuts text differently from the student's. span_likelihood: by the
+    across: Across = "auto"
+    """How a teacher is heard whose tokenizer cuts text differently from the student's. auto: what its tokenizer and the
+    student's have in common decides for each teacher between the two that measured best, span_likelihood where enough
+    runs of bytes are shared and else projected_kl; `deepfusion doctor` tells. span_likelihood: by the
     likelihood of each run of bytes that both tokenize as a whole (arXiv 2503.20083). The others by its probabilities
     wherever both begin a token. projected_kl: KL over the finest outcomes that both vocabularies can tell apart (P-KL
     of arXiv 2605.21699); hybrid_kl: over the teacher's tokens (H-KL of the same); mined: each of the teacher's tokens
@@ -257,7 +259,7 @@ class DistillPhase(Section):
             raise ValueError(
                 "shifted needs objective.kind: logits, for VAA's teachers are asked without their ancestors"
             )
-        if self.shifted and self.objective.across != "span_likelihood":
+        if self.shifted and self.objective.across not in ("auto", "span_likelihood"):
             raise ValueError("shifted needs objective.across: span_likelihood, the only one whose base can be shifted")
         if self.shifted and not self.shares.joint:
             raise ValueError("shifted needs shares.joint above 0, whose budget pays for it")

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from deepfusion.config import Across
 from deepfusion.data.tokens import Tokenizer, chunk_spans, common_starts, spelt
+
+SPANS: Across = "span_likelihood"
+COARSE = 0.4  # chunks a student token, below which much is said of each chunk and little of each token
+FOREIGN = 0.5  # share of the teacher's tokens that are the student's too, below which outcomes say little
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,16 @@ class Coverage:
     """Share of the student's tokens before which the teacher begins one too."""
     known: float
     """Share of the teacher's tokens that the student has too, by their bytes."""
+
+    def chosen(self, across: Across) -> Across:
+        """What `auto` stands for: likelihoods of chunks, but outcomes where these say more."""
+        if across != "auto":
+            return across
+        return "projected_kl" if self.is_little(SPANS) and not self.is_little("projected_kl") else SPANS
+
+    def is_little(self, across: Across) -> bool:
+        """Whether a teacher that is heard so says little."""
+        return self.chunks < COARSE if across == SPANS else self.known < FOREIGN
 
 
 def coverage(teacher: Tokenizer, student: Tokenizer, texts: Iterable[str]) -> Coverage | None:

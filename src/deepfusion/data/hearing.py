@@ -13,12 +13,14 @@ import numpy as np
 
 from deepfusion import checkpoints
 from deepfusion.config import Across
+from deepfusion.data.coverage import SPANS, coverage
 from deepfusion.data.outcomes import Outcomes, outcomes
 from deepfusion.data.segmentation import renaming, segmentation
 from deepfusion.data.tokens import Tokenizer
 from deepfusion.signals import Signal, Signals
 from deepfusion.store import link
 
+SAMPLE = 100  # texts by which `auto` is decided
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -53,12 +55,10 @@ def in_own_tokens(signals: Signals, tokenizers: Path, student: Tokenizer) -> Sig
     return _renamed(signals, renaming(teacher, student), student.fingerprint)
 
 
-def hear(
-    told: Mapping[str, tuple[Signals, Path]], student: Tokenizer, across: Across = "span_likelihood"
-) -> dict[str, Heard]:
+def hear(told: Mapping[str, tuple[Signals, Path]], student: Tokenizer, across: Across = "auto") -> dict[str, Heard]:
     """Several teachers' signals, each with the folder of tokenizers beside it, as a student hears them.
 
-    What is worked out of a tokenizer, is so once for all teachers that have it.
+    What is worked out of a tokenizer, is so once for all teachers that have it; for `auto` by texts of all of them.
     """
     own = {name: in_own_tokens(signals, folder, student) for name, (signals, folder) in told.items()}
     others = {signals.tokenizer: told[name][1] for name, signals in own.items()}
@@ -68,17 +68,28 @@ def hear(
         for fingerprint, folder in others.items()
     }
     made: dict[str, Outcomes] = {}
-    if across not in ("span_likelihood", "uld"):
-        for fingerprint, teacher in teachers.items():
-            heard = [s.topk_ids for one in own.values() if one.tokenizer == fingerprint for s in one.of.values()]
-            tokens = np.unique(np.concatenate([ids.ravel() for ids in heard])).tolist() if heard else []
-            made[fingerprint] = outcomes(across, teacher, student, tokens)
+    chosen: dict[str, Across] = {}
+    for fingerprint, teacher in teachers.items():
+        heard = [signal for one in own.values() if one.tokenizer == fingerprint for signal in one.of.values()]
+        chosen[fingerprint] = how = _chosen(across, teacher, student, heard)
+        if how not in ("span_likelihood", "uld"):
+            tokens = np.unique(np.concatenate([signal.topk_ids.ravel() for signal in heard])).tolist() if heard else []
+            made[fingerprint] = outcomes(how, teacher, student, tokens)
     return {
-        name: Heard(signals, across, made.get(signals.tokenizer), teachers[signals.tokenizer].table)
+        name: Heard(signals, chosen[signals.tokenizer], made.get(signals.tokenizer), teachers[signals.tokenizer].table)
         if signals.tokenizer in teachers
         else Heard(signals)
         for name, signals in own.items()
     }
+
+
+def _chosen(across: Across, teacher: Tokenizer, student: Tokenizer, heard: Sequence[Signal]) -> Across:
+    """What `auto` is for a teacher, by texts that it spoke of."""
+    if across != "auto":
+        return across
+    raw = (b"".join(teacher.table[token] for token in signal.ids[1:-1]) for signal in heard[:SAMPLE])
+    shared = coverage(teacher, student, [text.decode(errors="replace") for text in raw])
+    return SPANS if shared is None else shared.chosen(across)
 
 
 def _renamed(signals: Signals, numbers: np.ndarray, fingerprint: str) -> Signals:

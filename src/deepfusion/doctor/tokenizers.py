@@ -6,22 +6,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 
 from deepfusion.config import Recipe
-from deepfusion.data.coverage import coverage
+from deepfusion.data.coverage import SPANS, coverage
 from deepfusion.data.documents import Document
 from deepfusion.data.segmentation import segmentation
 from deepfusion.doctor.diagnosis import Check
 from deepfusion.doctor.models import BASE, Start
 
 SAMPLE = 200  # documents that are looked at
-COARSE = 0.4  # chunks a student token, below which much is said of each chunk and little of each token
-FOREIGN = 0.5  # share of the teacher's tokens that are the student's too, below which outcomes say little
-BY_CHUNKS = "span_likelihood"
 
 
 def checks(starts: Mapping[str, Start], documents: Sequence[Document], recipe: Recipe) -> Iterator[Check]:
     """For each teacher, whether it speaks to the student token by token or by what both tokenise alike."""
     sample = Random(0).sample(list(documents), min(SAMPLE, len(documents)))
-    student, across = starts[BASE].tokenizer, recipe.distill.objective.across
+    student, asked = starts[BASE].tokenizer, recipe.distill.objective.across
+    if asked == "auto" and recipe.distill.shifted:
+        asked = SPANS
     for start in starts.values():
         subject = f"{start.name} → base"
         if start.key == BASE:
@@ -35,11 +34,12 @@ def checks(starts: Mapping[str, Start], documents: Sequence[Document], recipe: R
             yield Check("tokenizers", subject, "problem", "there is no text that both can spell",
                         "choose another ancestor, or another base")  # fmt: skip
             continue
+        across = shared.chosen(asked)
         fact = (
             f"different tokenizers, taught by {across}: {shared.chunks:.2f} shared chunks a token of the base, "
             f"{shared.starts:.0%} of its tokens begin where the teacher's do, {shared.known:.0%} of the teacher's "
             "tokens are the base's too"
         )
-        few = shared.chunks < COARSE if across == BY_CHUNKS else shared.known < FOREIGN
+        few = shared.is_little(across)
         yield Check("tokenizers", subject, "warning" if few else "ok", fact,
                     "a base with a tokenizer closer to the ancestor's learns more of it" if few else "")  # fmt: skip

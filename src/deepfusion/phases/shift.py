@@ -76,7 +76,7 @@ def shift(
         link_tree(transfer.tokenizers, into / "tokenizers")
     shutil.copyfile(transfer.documents, into / transfer.documents.name)
     work = Work(tokens=tokens, forward=float(tokens * base.active_parameters))
-    return transfer.model_copy(update={"folder": into, "work": work}).sealed()
+    return transfer.model_copy(update={"folder": into, "work": work, "shifted": True}).sealed()
 
 
 def _reading(
