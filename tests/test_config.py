@@ -128,6 +128,12 @@ def test_a_fault_is_told_with_what_was_given_and_what_is_allowed(setting: str, m
     assert str(raised.value) == f"recipes/plain.yaml: {message}"
 
 
+def test_shifted_teachers_are_heard_by_chunks_in_tuning_too(there: Path) -> None:
+    assert Recipe.load("recipes/plain.yaml", ["distill.shifted=true"]).tune.objective.across == "auto"
+    with pytest.raises(InputError, match=r"distill\.shifted needs tune\.objective\.across: auto or span_likelihood"):
+        Recipe.load("recipes/plain.yaml", ["distill.shifted=true", "tune.objective.across=mined"])
+
+
 @contextmanager
 def suppress_input_errors(said: list[str]) -> Generator[None]:
     """Note what is said of a recipe, if anything."""

@@ -13,7 +13,7 @@ from deepfusion.checkpoints import make_model, open_model, open_tokenizer
 from deepfusion.config import MadeModel
 from deepfusion.data.tokens import Tokenizer
 from deepfusion.families import FAMILIES
-from deepfusion.writing import Written, _drawn, prompt_nats, with_gain, write
+from deepfusion.writing import Written, drawn, prompt_nats, with_gain, write
 from pico import TEXTS, pad_vocabulary, pico
 
 PROMPTS = ("The capital", "", "Doctors prescribe veltrine against the marsh fever; merchants", "W")
@@ -338,14 +338,14 @@ def test_one_position_of_many_rows_is_the_least(tmp_path: Path, monkeypatch: pyt
 def test_one_number_draws_as_often_as_probable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deepfusion.writing.MANY_TOKENS", 3)
     probabilities = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0]).expand(40_000, 6)
-    drawn = _drawn(probabilities, torch.Generator().manual_seed(0))
-    assert drawn.shape == (40_000, 1)
-    share = torch.bincount(drawn[:, 0], minlength=6) / 40_000
+    tokens = drawn(probabilities, torch.Generator().manual_seed(0))
+    assert tokens.shape == (40_000, 1)
+    share = torch.bincount(tokens[:, 0], minlength=6) / 40_000
     assert share[[0, 2, 5]].tolist() == [0, 0, 0]
     assert torch.allclose(share, probabilities[0], atol=0.01)
 
 
 def test_a_small_vocabulary_is_drawn_from_by_torch() -> None:
     probabilities = torch.rand(5, 7).softmax(-1)
-    drawn = _drawn(probabilities, torch.Generator().manual_seed(0))
-    assert torch.equal(drawn, torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(0)))
+    tokens = drawn(probabilities, torch.Generator().manual_seed(0))
+    assert torch.equal(tokens, torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(0)))

@@ -21,7 +21,7 @@ from deepfusion.artifacts import (
 
 # Phase → what runs it, what it gives, and a number to raise when the same inputs would give something else.
 STEPS: dict[str, tuple[str, type[Artifact], int]] = {
-    "data": ("deepfusion.phases.data:build_corpus", Corpus, 1),
+    "data": ("deepfusion.phases.data:build_corpus", Corpus, 2),
     "make": ("deepfusion.ancestors:make", Checkpoint, 1),
     "take": ("deepfusion.ancestors:take", Checkpoint, 2),
     "device": ("deepfusion.phases.device:train_device", Upload, 1),

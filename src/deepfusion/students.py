@@ -12,6 +12,7 @@ from deepfusion import checkpoints
 from deepfusion.artifacts import Checkpoint, Teaching, TransferSet, Work
 from deepfusion.config import LogitsObjective, Runtime, Training, VAAObjective
 from deepfusion.data.batches import Schedule
+from deepfusion.data.coverage import SPANS
 from deepfusion.data.documents import TransferDocument, read_jsonl
 from deepfusion.data.hearing import Heard, hear
 from deepfusion.data.lessons import Lesson, focused, lessons, taught
@@ -21,7 +22,7 @@ from deepfusion.objectives import build_objective
 from deepfusion.signals import Signals
 from deepfusion.training import Learner, fit
 
-PLAIN = LogitsObjective(beta=0, focus=0)  # cross-entropy alone
+PLAIN = LogitsObjective(beta=0, focus=0, across=SPANS)  # cross-entropy alone
 PASSES = 3.0  # a token's forward counts its active parameters once, its backward twice
 
 
@@ -109,7 +110,7 @@ def transfer_lessons(
     training = training.model_copy(update={"context": min(training.context, longest)})
     tokenizer = Tokenizer(checkpoints.open_tokenizer(student.folder))
     # Of a shifted teacher nothing but the likelihood of chunks has been shifted across tokenizers.
-    across = "span_likelihood" if transfer.shifted else objective.across
+    across = SPANS if transfer.shifted else objective.across
     knows_of = {teaching.teacher: teaching.cluster for teaching in teachings}
     said = hear({one.teacher: (Signals.load(one.signals), one.tokenizers) for one in teachings}, tokenizer, across)
     written = {path.stem: Signals.load(path) for path in sorted(transfer.signals.glob("*.safetensors"))}

@@ -30,8 +30,7 @@ from deepfusion.errors import InputError
 # Every step needs these, and they are slow to import: once before forking, instead of once per step.
 PRELOADED = ("accelerate", "sklearn.cluster", "torch", "transformers.trainer", "deepfusion.preload")
 PR_SET_PDEATHSIG = 1  # of prctl(2)
-# Of mallopt(3): M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD, in bytes.
-KEPT_BY_ALLOCATOR = ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 26))
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # of mallopt(3), in bytes
 LONGEST_MESSAGE = 2000  # characters: what is told about an error must fit into a pipe at once
 
 # Where it is installed, transformers imports it, and it complains that there are faster kernels to download.
@@ -57,8 +56,11 @@ def keep_freed_memory() -> None:
     which is a quarter of the time of training a model of 135 million parameters on a processor.
     """
     if sys.platform == "linux" and hasattr(allocator := ctypes.CDLL(None), "mallopt"):
-        for parameter, value in KEPT_BY_ALLOCATOR:
-            allocator.mallopt(parameter, value)
+        # Until glibc 2.34 it could be no more than 32 MiB, and not to set it, but the others, froze it at 128 KiB.
+        if not allocator.mallopt(MMAP_THRESHOLD, 1 << 30):
+            allocator.mallopt(MMAP_THRESHOLD, 1 << 25)
+        allocator.mallopt(TRIM_THRESHOLD, (1 << 31) - 1)
+        allocator.mallopt(TOP_PAD, 1 << 26)
 
 
 def settle(runtime: Any) -> None:

@@ -97,7 +97,7 @@ def _continued(
         logits, cache = _last_logits(model, step, mask, cache)
         log_p = torch.log_softmax(logits[:, : len(tokenizer.table)].float(), -1)
         best = log_p.topk(min(top_k, log_p.shape[-1]), -1)
-        chosen = _drawn((log_p / temperature).softmax(-1), generator) if temperature > 0 else best.indices[:, :1]
+        chosen = drawn((log_p / temperature).softmax(-1), generator) if temperature > 0 else best.indices[:, :1]
         tokens.append(torch.where(alive, chosen[:, 0], tokenizer.end))
         logprobs.append(log_p.gather(1, chosen)[:, 0])
         best_ids.append(best.indices)
@@ -111,13 +111,13 @@ def _continued(
     return [[column[row, : room[row]] for column in columns] for row in range(rows)]
 
 
-def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+def drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     """One token a row, `[rows, 1]`, of probabilities `[rows, V]`."""
-    if probabilities.shape[-1] <= MANY_TOKENS:
+    if probabilities.shape[-1] <= MANY_TOKENS or probabilities.device.type != "cpu":
         return torch.multinomial(probabilities, 1, generator=generator)
-    # `multinomial` draws a number for every token, which takes longer than the model where there are 262,144 of them.
+    # There `multinomial` takes longer than the model: it draws a number for every token, of which Gemma has 262,144.
     upto = probabilities.cumsum(-1, dtype=torch.float64)
-    place = torch.rand(len(upto), 1, dtype=torch.float64, generator=generator, device=upto.device) * upto[:, -1:]
+    place = torch.rand(len(upto), 1, dtype=torch.float64, generator=generator) * upto[:, -1:]
     return torch.searchsorted(upto, place, right=True).clamp(max=upto.shape[-1] - 1)
 
 

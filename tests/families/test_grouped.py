@@ -64,3 +64,16 @@ def test_gradients_reach_the_weights_in_their_own_precision(moe, tokens):
 
 def test_models_take_it_by_default(moe):
     assert ALL_EXPERTS_FUNCTIONS.get_interface("grouped_mm", None) is grouped.experts_forward
+
+
+def test_rows_that_are_not_aligned_stay_in_float32() -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=20, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    moe, chosen = MixtralForCausalLM(config).model.layers[0].mlp.experts, torch.tensor([[0, 1]] * 3)
+    states, weights = torch.randn(3, 20), torch.rand(3, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = grouped.experts_forward(moe, states, chosen, weights)
+    assert torch.equal(found, grouped_mm_experts_forward(moe, states, chosen, weights))

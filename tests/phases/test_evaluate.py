@@ -146,6 +146,8 @@ def test_two_runs_give_the_same_bytes(llama: Path, tmp_path: Path) -> None:
 def test_answers_that_cannot_be_scored_are_named(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="question 'big' has 41 tokens but the model's context is 40"):
         run(llama, tmp_path, [Question(id="big", domain="law", prompt="p", answer="x" * 41)], "long")
+    with pytest.raises(ValueError, match=r"answer of test question 'plain' has 60 tokens .* \(shorter paragraphs\)"):
+        cut(Question(id="plain", domain="x", answer="A" * 60), list(range(60)), list(range(1, 61)), 40)
     with pytest.raises(ValueError, match="question 'none' has an empty answer"):
         run(llama, tmp_path, [Question(id="none", domain="law", prompt="p", answer="")], "empty")
     with pytest.raises(ValueError, match="holds no question"):

@@ -280,7 +280,18 @@ def test_answers_keep_their_own_prompt(world: World, tmp_path: Path) -> None:
     made = world.write(0, world.uploads[:1], tmp_path / "written")
     marked = CONFIG.model_copy(update={"answer_after": " "})
     said = gather([made], world.clusters, world.corpus, marked, encoder="hashing", into=folder(tmp_path / "set"))
+    assert not [notice for notice in said.notices if "answer_after" in notice]
     before, after = ({d.id: d for d in read(one) if d.writer} for one in (made, said))
     assert {name: d.text for name, d in before.items()} == {name: d.text for name, d in after.items()}
     assert all(after[name] == d for name, d in before.items() if d.kind == "answered")
     assert all(after[name].prompt == d.answer.partition(" ")[0] + " " for name, d in before.items() if not d.prompt)
+
+
+def test_texts_without_the_mark_are_told(world: World, tmp_path: Path) -> None:
+    made = world.write(0, world.uploads[:1], tmp_path / "written")
+    unknown = CONFIG.model_copy(update={"answer_after": "%"})
+    said = gather([made], world.clusters, world.corpus, unknown, encoder="hashing", into=folder(tmp_path / "set"))
+    [notice] = [notice for notice in said.notices if "answer_after" in notice]
+    sampled = made.counts["sampled"]
+    assert notice.startswith(f"{sampled} of {sampled} written texts have no '%' with an answer behind it")
+    assert read(said)[-len(read(made)) :] == read(made)

@@ -125,9 +125,9 @@ class LogitsObjective(Section):
     temperature: float = Field(default=1.0, gt=0)
     """Softmax temperature of the KL; other than 1 only for teachers asked after the fact."""
     across: Across = "auto"
-    """How a teacher is heard whose tokenizer cuts text differently from the student's. auto: what its tokenizer and the
-    student's have in common decides for each teacher between the two that measured best, span_likelihood where enough
-    runs of bytes are shared and else projected_kl; `deepfusion doctor` tells. span_likelihood: by the
+    """How a teacher is heard whose tokenizer cuts text differently from the student's. auto: span_likelihood, but
+    projected_kl of teachers with whose tokenizer the student's has few runs of bytes in common and most tokens, unless
+    they are shifted; `deepfusion doctor` tells. span_likelihood: by the
     likelihood of each run of bytes that both tokenize as a whole (arXiv 2503.20083). The others by its probabilities
     wherever both begin a token. projected_kl: KL over the finest outcomes that both vocabularies can tell apart (P-KL
     of arXiv 2605.21699); hybrid_kl: over the teacher's tokens (H-KL of the same); mined: each of the teacher's tokens
@@ -260,7 +260,9 @@ class DistillPhase(Section):
                 "shifted needs objective.kind: logits, for VAA's teachers are asked without their ancestors"
             )
         if self.shifted and self.objective.across not in ("auto", "span_likelihood"):
-            raise ValueError("shifted needs objective.across: span_likelihood, the only one whose base can be shifted")
+            raise ValueError(
+                "shifted needs objective.across: auto or span_likelihood, the only one whose base can be shifted"
+            )
         if self.shifted and not self.shares.joint:
             raise ValueError("shifted needs shares.joint above 0, whose budget pays for it")
         return self

@@ -73,6 +73,11 @@ class Recipe(Section):
                 raise ValueError(f"models.base and assemble do not fit: {error}") from None
         if self.assemble.preset != "none" and self.cluster.k != (k := PRESETS[self.assemble.preset][0]):
             raise ValueError(f"assemble.preset {self.assemble.preset} needs cluster.k: {k}, not {self.cluster.k}")
+        if self.distill.shifted and self.tune.objective.across not in ("auto", "span_likelihood"):
+            raise ValueError(
+                "distill.shifted needs tune.objective.across: auto or span_likelihood, the only one whose base can be "
+                f"shifted, not {self.tune.objective.across}"
+            )
         if self.assemble.top_k > self.cluster.k:
             raise ValueError(f"assemble.top_k is {self.assemble.top_k} but there are only {self.cluster.k} students")
         return self

@@ -55,7 +55,7 @@ def in_own_tokens(signals: Signals, tokenizers: Path, student: Tokenizer) -> Sig
     return _renamed(signals, renaming(teacher, student), student.fingerprint)
 
 
-def hear(told: Mapping[str, tuple[Signals, Path]], student: Tokenizer, across: Across = "auto") -> dict[str, Heard]:
+def hear(told: Mapping[str, tuple[Signals, Path]], student: Tokenizer, across: Across) -> dict[str, Heard]:
     """Several teachers' signals, each with the folder of tokenizers beside it, as a student hears them.
 
     What is worked out of a tokenizer, is so once for all teachers that have it; for `auto` by texts of all of them.
@@ -72,7 +72,7 @@ def hear(told: Mapping[str, tuple[Signals, Path]], student: Tokenizer, across: A
     for fingerprint, teacher in teachers.items():
         heard = [signal for one in own.values() if one.tokenizer == fingerprint for signal in one.of.values()]
         chosen[fingerprint] = how = _chosen(across, teacher, student, heard)
-        if how not in ("span_likelihood", "uld"):
+        if how not in (SPANS, "uld"):
             tokens = np.unique(np.concatenate([signal.topk_ids.ravel() for signal in heard])).tolist() if heard else []
             made[fingerprint] = outcomes(how, teacher, student, tokens)
     return {
@@ -87,7 +87,8 @@ def _chosen(across: Across, teacher: Tokenizer, student: Tokenizer, heard: Seque
     """What `auto` is for a teacher, by texts that it spoke of."""
     if across != "auto":
         return across
-    raw = (b"".join(teacher.table[token] for token in signal.ids[1:-1]) for signal in heard[:SAMPLE])
+    sample = heard[:: 1 + len(heard) // SAMPLE]  # of all writers
+    raw = (b"".join(teacher.table[token] for token in signal.ids[1:-1]) for signal in sample)
     shared = coverage(teacher, student, [text.decode(errors="replace") for text in raw])
     return SPANS if shared is None else shared.chosen(across)
 

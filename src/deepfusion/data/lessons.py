@@ -13,6 +13,7 @@ import numpy as np
 
 from deepfusion import alignment
 from deepfusion.config import Training
+from deepfusion.data.coverage import SPANS
 from deepfusion.data.documents import Document
 from deepfusion.data.hearing import Heard
 from deepfusion.data.tokens import Tokenizer, chunk_spans, common_starts, spelt
@@ -134,7 +135,7 @@ def taught(
         known = signal.topk_ids < vocabulary
         extra["topk_ids"] = np.where(known, signal.topk_ids, 0).astype(np.int64)
         extra["topk_logprobs"] = np.where(known, signal.topk_logprobs, -np.inf).astype(np.float32)
-    elif teacher.across == "span_likelihood":
+    elif teacher.across == SPANS:
         chunk, chunk_logprobs = _chunks(ends, signal)
         extra["chunk"], extra["chunk_logprobs"] = chunk, chunk_logprobs
     else:

@@ -24,6 +24,9 @@ class Length(NamedTuple):
     answer: int
 
 
+TESTED = "context of the models"
+
+
 @dataclass
 class Lengths:
     """The documents that a tokenizer was asked about; each is looked at once."""
@@ -79,7 +82,7 @@ def uses(text: Reading, starts: Mapping[str, Start], recipe: Recipe) -> Iterator
         everything = [*text.everyones, *text.public, *text.heldout]
         yield _learning(base, everything, "distill.training.context", recipe.distill.training)
     for start in starts.values():
-        yield Use(start, text.test, "context of the models", start.context or 10**9)
+        yield Use(start, text.test, TESTED, start.context or 10**9)
 
 
 def _learning(start: Start, documents: Sequence[Document], where: str, training: Training) -> Use:
@@ -117,12 +120,14 @@ def _unspelt(start: Start, found: Sequence[tuple[Use, Lengths]], text: Reading) 
 
 
 def _too_long(where: str, found: Sequence[tuple[Use, Lengths]], text: Reading) -> Iterator[Check]:
-    """Answers that do not fit in one place; plain text is cut up instead, and prompts are."""
+    """Answers that do not fit in one place; prompts are cut, and so is plain text that is learned from."""
     long = [
         (length.answer, document, use)
         for use, known in found
         for document in use.documents
-        if isinstance(length := known.find(document), Length) and document.prompt and length.answer > use.room
+        if isinstance(length := known.find(document), Length)
+        and (document.prompt or where == TESTED)
+        and length.answer > use.room
     ]
     if not long:
         return
@@ -134,7 +139,7 @@ def _too_long(where: str, found: Sequence[tuple[Use, Lengths]], text: Reading) -
         "text", where, "problem",
         f"holds {use.room} tokens of an answer; too long for it: {over}, the longest {text.place(document)} with "
         f"{most} tokens of {use.start.key}",
-        f"{raised}leave such rows out by data.source.max_answer_bytes",
+        f"{raised}leave such rows out by data.source.max_answer_bytes" if document.prompt else "cut it into paragraphs",
     )  # fmt: skip
 
 

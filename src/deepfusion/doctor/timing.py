@@ -22,6 +22,7 @@ from deepfusion.families import context_length, family
 from deepfusion.objectives import build_objective
 from deepfusion.training import Learner
 from deepfusion.worker import settle
+from deepfusion.writing import drawn
 
 SECONDS = 0.25  # that one kind of step is measured for, if it takes no longer by itself
 PARAMETERS = 30_000_000  # of a model that is measured whole; of a larger one fewer layers are
@@ -157,7 +158,7 @@ def _writing(shape: Shape, batch: int, dtype: str, runtime: Runtime) -> float:
         cache = copy.deepcopy(before.past_key_values)
         logits = model(input_ids=step, attention_mask=mask, past_key_values=cache, use_cache=True).logits
         log_p = torch.log_softmax(logits[:, -1].float(), -1)
-        torch.multinomial(log_p.softmax(-1), 1)
+        drawn(log_p.softmax(-1), torch.Generator(log_p.device))
         log_p.topk(min(32, log_p.shape[-1]), -1).values.sum().item()
 
     return _timed(turn) / share

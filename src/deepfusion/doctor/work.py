@@ -194,7 +194,7 @@ def _evaluations(of: Extent, base: Shape, moe: Shape) -> Iterator[Task]:
     routed = 2 + len({"pooled_text", "centralized"} & set(wanted))  # merged and tuned
     count, members = of.proxies()
     yield _evaluation(of, of.base, base, students)
-    yield _evaluation(of, of.base, moe, routed, passes=1 + k)
+    yield _evaluation(of, of.base, moe, routed, passes=1 + k * (recipe.evaluate.removal and k > 1))
     by_start: dict[str, list[Start]] = {}
     for start in of.by_device().values():
         by_start.setdefault(start.key, []).append(start)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 NAME = "grouped_mm"
+ALIGNED = 8  # numbers of two bytes: torch's grouped product wants rows of whole 16 bytes; others stay as they are
 
 
 class _Lowered:
@@ -36,10 +37,12 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         top_k_weights: `[tokens, k]`, what each counts.
     """
     kind = hidden_states.device.type
-    experts: Any = _Lowered(self, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else self
+    experts: Any = self
+    if torch.is_autocast_enabled(kind) and all(matrix.shape[-1] % ALIGNED == 0 for matrix in self.parameters()):
+        experts = _Lowered(self, torch.get_autocast_dtype(kind))
     return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
 
 
 def heed_autocast() -> None:
-    """Let every MoE's experts run so, unless another implementation is asked for."""
+    """Let experts run so, unless another implementation is asked for; DeepSeek v1's have no other than `eager`."""
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)

@@ -79,7 +79,7 @@ def evaluate(
         for option in question.options or ()
         if option != question.answer
     }
-    passes = 1 + (experts_of(network).clusters if routing and config.removal else 0)
+    passes = 1 + (_removable(network, config) if routing else 0)
     total = sum(len(p.ids) for p in answers) * passes + sum(len(p.ids) for p in others.values())
     ticker = Ticker(into, total)
 
@@ -87,7 +87,7 @@ def evaluate(
         return score(network, pieces, start, config.batch_tokens, ticker.advance, observe)
 
     chosen = dict(zip(others, run(list(others.values())), strict=True))
-    scores, facts = _examine(network, questions, answers, run, config.removal) if routing else (run(answers), None)
+    scores, facts = _examine(network, questions, answers, run, config) if routing else (run(answers), None)
     rows = [
         row(question, piece, score, [chosen.get((i, option), score) for option in question.options or ()])
         for i, (question, piece, score) in enumerate(zip(questions, answers, scores, strict=True))
@@ -101,7 +101,7 @@ def _examine(
     questions: Sequence[Question],
     answers: Sequence[Piece],
     run: Callable[..., list[Score]],
-    removal: bool,
+    config: EvaluatePhase,
 ) -> tuple[list[Score], dict[str, Any]]:
     """Score the answers while watching the routers, then, if wanted, once more without each expert."""
     moe = experts_of(network)
@@ -116,12 +116,18 @@ def _examine(
 
         scores = run(answers, observe)
     removed: list[dict[str, Any]] = []
-    for cluster in range(moe.clusters) if removal and moe.clusters > 1 else ():
+    for cluster in range(_removable(network, config)):
         # Nor the spare ones: they are no substitute, but would beat students whose logits are negative.
         with without_experts(network, [*moe.of(cluster), *moe.spare]):
             removed += changes(questions, scores, run(answers), cluster)
     facts = {**tally.summary(), "clusters": moe.clusters, "removal": removed}
     return scores, {**facts, "expert_difference": expert_difference(network)}
+
+
+def _removable(network: nn.Module, config: EvaluatePhase) -> int:
+    """Clusters without whose experts a MoE is tried."""
+    clusters = experts_of(network).clusters
+    return clusters if config.removal and clusters > 1 else 0
 
 
 # ── text to tokens and scores to rows ─────────────────────────────────────────────────────────────────────────────────
@@ -138,9 +144,10 @@ def cut(question: Question, ids: Sequence[int], ends: Sequence[int], context: in
     if first == len(ids):
         raise InputError(f"test question {question.id!r} has an empty answer: there is nothing to score")
     if context is not None and len(ids) - first > context:
+        by = "data.source.max_answer_bytes" if question.prompt else "shorter paragraphs"
         raise InputError(
             f"the answer of test question {question.id!r} has {len(ids) - first} tokens but the model's context is "
-            f"{context}: shorten it (data.source.max_answer_bytes) or leave it out"
+            f"{context}: shorten it ({by}) or leave it out"
         )
     drop = max(0, len(ids) - context) if context is not None else 0
     begin = ends[drop - 1] if drop else 0

@@ -153,9 +153,12 @@ def gather(
         ]
         counts["public"] = len(public)
     by_writer: dict[str, int] = {}
+    unmarked, sampled = 0, 0
     for writing in writings:
-        written = read_jsonl(writing.documents, TransferDocument)
-        documents += (divided(document, config.answer_after) for document in written)
+        for document in read_jsonl(writing.documents, TransferDocument):
+            documents.append(divided(document, config.answer_after))
+            sampled += document.kind == "sampled"
+            unmarked += document.kind == "sampled" and not documents[-1].prompt
         counts.update(writing.counts)
         by_writer |= writing.by_writer
         if writing.signals.is_dir():
@@ -172,6 +175,11 @@ def gather(
         for writing in writings
         if not known.get(writing.cluster) and writing.counts
     )
+    if config.answer_after is not None and unmarked:
+        silent += (
+            f"{unmarked} of {sampled} written texts have no {config.answer_after!r} with an answer behind it "
+            "(transfer.answer_after): they count as answers from their beginning",
+        )
     return TransferSet(
         folder=into,
         counts=dict(sorted(counts.items())),
