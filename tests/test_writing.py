@@ -9,6 +9,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from deepfusion import writing
 from deepfusion.checkpoints import make_model, open_model, open_tokenizer
 from deepfusion.config import MadeModel
 from deepfusion.data.tokens import Tokenizer
@@ -330,6 +331,33 @@ def test_one_position_of_many_rows_is_the_least(tmp_path: Path, monkeypatch: pyt
     expected = prompt_nats(model, tokenizer, TEXTS)
     monkeypatch.setattr("deepfusion.writing.LOGITS_AT_ONCE", 1)
     np.testing.assert_allclose(prompt_nats(model, tokenizer, TEXTS), expected, rtol=1e-5)
+
+
+# ── thinning a batch ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_that_have_ended_can_leave_the_batch(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = opened(name, tmp_path)
+    prompts = (PROMPTS[0], PROMPTS[2], PROMPTS[0], PROMPTS[0])
+    unthinned = written(model, tokenizer, prompts)
+    first, other = (new_tokens(unthinned[row], prompts[row], tokenizer) for row in (0, 1))
+    # Three rows end at the first of their greedy tokens that the other row does not write.
+    tokenizer.end = next(token for token in first if token not in other)
+    whole = written(model, tokenizer, prompts)
+    sizes: list[int] = []
+    forward = writing._last_logits
+    monkeypatch.setattr(writing, "THINNED", 0)
+    monkeypatch.setattr(
+        writing, "_last_logits", lambda m, step, *rest: sizes.append(len(step)) or forward(m, step, *rest)
+    )
+    for thinned, one in zip(written(model, tokenizer, prompts), whole, strict=True):
+        assert (thinned.text, thinned.finished) == (one.text, one.finished)
+        assert np.array_equal(thinned.signal.ids, one.signal.ids)
+        assert np.allclose(thinned.signal.logprobs, one.signal.logprobs, atol=1e-4)
+        assert np.array_equal(thinned.signal.topk_ids, one.signal.topk_ids)
+    assert sizes[0] == 4
+    assert sizes[-1] == 1
 
 
 # ── drawing from many tokens ──────────────────────────────────────────────────────────────────────────────────────────

@@ -29,7 +29,7 @@ STEPS: dict[str, tuple[str, type[Artifact], int]] = {
     "materialise": ("deepfusion.phases.upload:materialise", Upload, 1),
     "cluster": ("deepfusion.phases.cluster:cluster", Clusters, 1),
     "proxy": ("deepfusion.phases.proxy:average", Proxy, 1),
-    "write": ("deepfusion.phases.transfer:write_cluster", Writing, 4),
+    "write": ("deepfusion.phases.transfer:write_cluster", Writing, 5),
     "transfer": ("deepfusion.phases.transfer:gather", TransferSet, 3),
     "shift": ("deepfusion.phases.shift:shift", TransferSet, 2),
     "consult": ("deepfusion.phases.distill:consult", Teaching, 3),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from deepfusion.scoring import LOGITS_AT_ONCE
 from deepfusion.signals import Signal
 
 MANY_TOKENS = 2**17  # a vocabulary above this is drawn from by one number a row
+THINNED = 2**15  # with a vocabulary from this on, rows that have ended leave the batch once they are half of it
 
 
 @dataclass(frozen=True)
@@ -88,27 +90,37 @@ def _continued(
     mask = torch.tensor([[0] * pad + [1] * len(head) for pad, head in zip(pads, heads, strict=True)], device=device)
     left = torch.tensor(room, device=device)
     alive = torch.ones(rows, dtype=torch.bool, device=device)
-    tokens: list[Tensor] = []
-    logprobs: list[Tensor] = []
-    best_ids: list[Tensor] = []
-    best_logprobs: list[Tensor] = []
+    here = torch.arange(rows, device=device)  # which rows are being continued
+    said: list[tuple[Tensor, ...]] = []
     cache, step = None, ids
     for count in range(1, max(room) + 1):
         logits, cache = _last_logits(model, step, mask, cache)
         log_p = torch.log_softmax(logits[:, : len(tokenizer.table)].float(), -1)
         best = log_p.topk(min(top_k, log_p.shape[-1]), -1)
         chosen = drawn((log_p / temperature).softmax(-1), generator) if temperature > 0 else best.indices[:, :1]
-        tokens.append(torch.where(alive, chosen[:, 0], tokenizer.end))
-        logprobs.append(log_p.gather(1, chosen)[:, 0])
-        best_ids.append(best.indices)
-        best_logprobs.append(best.values)
+        tokens = torch.where(alive, chosen[:, 0], tokenizer.end)
+        said.append((here, tokens, log_p.gather(1, chosen)[:, 0], best.indices, best.values))
         alive = alive & (chosen[:, 0] != tokenizer.end) & (left > count)
         if not bool(alive.any()):
             break
-        step = tokens[-1][:, None]
-        mask = torch.cat([mask, torch.ones(rows, 1, dtype=mask.dtype, device=device)], 1)
-    columns = [torch.stack(each, 1).cpu().numpy() for each in (tokens, logprobs, best_ids, best_logprobs)]
-    return [[column[row, : room[row]] for column in columns] for row in range(rows)]
+        step = tokens[:, None]
+        mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=mask.dtype, device=device)], 1)
+        if len(tokenizer.table) >= THINNED and 2 * int(alive.sum()) <= len(alive):
+            kept = alive.nonzero()[:, 0]
+            cache.batch_select_indices(kept)
+            here, step, mask, left, alive = (each[kept] for each in (here, step, mask, left, alive))
+    return _by_row(said, room, tokenizer.end)
+
+
+def _by_row(said: Sequence[tuple[Tensor, ...]], room: Sequence[int], end: int) -> list[list[np.ndarray]]:
+    """What was said step by step, of the rows named first, as columns of each row; `end` where a row had ended."""
+    _, *kinds = said[0]
+    columns = [np.zeros((len(room), len(said), *kind.shape[1:]), kind.cpu().numpy().dtype) for kind in kinds]
+    columns[0].fill(end)
+    for at, (here, *found) in enumerate(said):
+        for column, values in zip(columns, found, strict=True):
+            column[here.cpu().numpy(), at] = values.cpu().numpy()
+    return [[column[row, : room[row]] for column in columns] for row in range(len(room))]
 
 
 def drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
@@ -126,7 +138,7 @@ def _longest(model: PreTrainedModel) -> int:
     return context_length(model.config) or 10**9
 
 
-def _last_logits(model: PreTrainedModel, step: Tensor, mask: Tensor, cache: object) -> tuple[Tensor, object]:
+def _last_logits(model: PreTrainedModel, step: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
     positions = {}
     if family(model.config.model_type).packs:  # the others count positions from the mask themselves
         # Rows that have come to an end run on beside the others, and must not run out of positions.
