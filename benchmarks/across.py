@@ -1,12 +1,13 @@
 """How a teacher of another tokenizer is heard best (`distill.objective.across`): one student an arm, paired over seeds.
 
     python benchmarks/across.py [--seeds 20 21 22 23 24] [--arms NAME …] [--out runs/across] [--report FILE]
-    python benchmarks/across.py --real RUN [--tokens 40000] [--seeds 0 …] [--arms NAME …] [--report FILE]
+    python benchmarks/across.py --real RUN [--tokens 30000] [--seeds 0 …] [--arms NAME …] [--report FILE]
 
 Invented text: a seed is a world of eight devices, none of whose tokenizers is the base's; what they write is made once
 and shared by its arms. The arm `same tokenizer` has a base with the devices' own: exact KL, what crossing costs.
 With `--real`, RUN is a finished run of the recipe `real_llms`: its base learns from what its Gemma devices wrote, their
-own probabilities (not shifted) its teacher, and answers the run's test questions. `--set key=value` changes the world.
+own probabilities (not shifted) its teacher, and answers the run's test questions of private groups; the seed is that of
+the order of the text. `--set key=value` changes the world.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ import json
 import sys
 import time
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import vaa
 from deepfusion import Recipe, Runtime
 from deepfusion.artifacts import Checkpoint, Corpus, TransferSet
 from deepfusion.config import DistillPhase, EvaluatePhase
-from deepfusion.data.documents import ScoredQuestion, TransferDocument, read_jsonl, write_jsonl
+from deepfusion.data.documents import Question, ScoredQuestion, TransferDocument, read_jsonl, write_jsonl
 from deepfusion.findings import versions
 from deepfusion.phases.distill import distill
 from deepfusion.phases.evaluate import ROWS, evaluate
@@ -41,6 +41,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "uld": {"across": "uld"},
     SAME: {},
 }
+REAL = {"nats a byte, finance": "finance", "nats a byte, medical": "medical"}  # → domain
 METRICS = {
     "nats a byte, private": ("private_only", "answer_nats_per_byte"),
     "nats a byte, all": ("all", "answer_nats_per_byte"),
@@ -56,13 +57,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[20, 21, 22, 23, 24])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="NAME")
     parser.add_argument("--real", type=Path, metavar="RUN")
-    parser.add_argument("--tokens", type=int, default=40_000, help="of training, with --real")
+    parser.add_argument("--tokens", type=int, default=30_000, help="of training, with --real")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--out", type=Path, default=Path("runs/across"))
     parser.add_argument("--report", type=Path)
     arguments = parser.parse_args()
     vaa.METRICS.clear()
-    vaa.METRICS.update(METRICS)
+    vaa.METRICS.update({name: (domain, "") for name, domain in REAL.items()} if arguments.real else METRICS)
     names = [name for name in arguments.arms if not (arguments.real and name == SAME)]
     found: dict[str, dict[int, vaa.Outcome]] = {name: {} for name in names}
     for seed in arguments.seeds:
@@ -99,16 +100,16 @@ def real(run: Path, name: str, seed: int, tokens: int, out: Path) -> vaa.Outcome
         found = measured(run, name, seed, tokens, out)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found), encoding="utf-8")
-        print(seed, name, *(round(found[metric], 4) for metric in METRICS), file=sys.stderr, flush=True)
+        print(seed, name, *(round(found[metric], 4) for metric in REAL), file=sys.stderr, flush=True)
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 def measured(run: Path, name: str, seed: int, tokens: int, out: Path) -> vaa.Outcome:
     """Train the run's base on what writers of other tokenizers wrote; the seed is that of the order of the text."""
     recipe = Recipe.load("real_llms")
-    [base] = [Checkpoint.load(folder) for folder in (run / "steps" / "take").glob("base-*")]
-    [transfer] = [TransferSet.load(folder) for folder in (run / "steps" / "transfer").glob("*-*")]
-    [corpus] = [Corpus.load(folder) for folder in (run / "steps" / "data").glob("*-*")]
+    base = Checkpoint.load(newest(run, "take", "base-*"))
+    transfer = TransferSet.load(newest(run, "transfer"))
+    corpus = Corpus.load(newest(run, "data"))
     fields = {**recipe.distill.model_dump(), "shifted": False}
     config = DistillPhase.model_validate({**fields, "objective": {**fields["objective"], **ARMS[name]}})
     student, began = out / "student", time.process_time()
@@ -117,19 +118,24 @@ def measured(run: Path, name: str, seed: int, tokens: int, out: Path) -> vaa.Out
     foreign = of_others(transfer, base, out / "transfer")
     trained = distill(base, foreign, (), config, budget=budget, seed=seed, into=student, runtime=Runtime(workers=0))
     seconds = time.process_time() - began
-    questions = EvaluatePhase(batch_tokens=2048, dtype="bfloat16")
-    into = out / "scores"
+    asked, into = out / "questions.jsonl", out / "scores"
     into.mkdir(exist_ok=True)
-    evaluate(trained, corpus, questions, system="joint_student", item=None, into=into, runtime=Runtime(workers=0))
+    questions = [question for question in read_jsonl(corpus.test, Question) if question.private]
+    write_jsonl(asked, [question.model_copy(update={"options": None, "answer_idx": None}) for question in questions])
+    how = EvaluatePhase(batch_tokens=2048, dtype="bfloat16")
+    evaluate(trained, asked, how, system="joint_student", item=None, into=into, runtime=Runtime(workers=0))
     rows = list(read_jsonl(into / ROWS, ScoredQuestion))
-    chosen = {"private_only": [row for row in rows if row.private], "all": rows}
     result: dict[str, Any] = {"seconds": seconds}
-    for metric, (subset, kind) in METRICS.items():
-        part = chosen[subset]
-        asked = [row for row in part if row.choice is not None]
-        nats = sum(row.answer_nats for row in part) / sum(row.answer_bytes for row in part)
-        result[metric] = nats if kind == "answer_nats_per_byte" else mean(r.choice == r.answer_idx for r in asked)
+    for metric, domain in REAL.items():
+        part = [row for row in rows if row.domain == domain]
+        result[metric] = sum(row.answer_nats for row in part) / sum(row.answer_bytes for row in part)
     return result
+
+
+def newest(run: Path, phase: str, pattern: str = "*") -> Path:
+    """The folder of a finished step, the last one that was made."""
+    found = [folder for folder in (run / "steps" / phase).glob(pattern) if folder.suffix != ".partial"]
+    return max(found, key=lambda folder: folder.stat().st_mtime)
 
 
 def of_others(transfer: TransferSet, base: Checkpoint, into: Path) -> TransferSet:
