@@ -73,7 +73,7 @@ def main() -> None:
                 found[name][seed] = real(arguments.real, name, seed, arguments.tokens, out)
             else:
                 found[name][seed] = vaa.outcome(arm(name, seed, arguments.overrides), name, out)
-    text = "\n".join(report(found, sys.argv[1:]))
+    text = "\n".join(report(found, sys.argv[1:], 4 if arguments.real else 3))
     print(text)
     if arguments.report:
         arguments.report.write_text(text + "\n", encoding="utf-8")
@@ -157,7 +157,7 @@ def of_others(transfer: TransferSet, base: Checkpoint, into: Path) -> TransferSe
 # ── the page ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def report(found: dict[str, dict[int, vaa.Outcome]], given: list[str]) -> list[str]:
+def report(found: dict[str, dict[int, vaa.Outcome]], given: list[str], digits: int) -> list[str]:
     """The Markdown page, line by line."""
     seeds = list(next(iter(found.values())))
     return [
@@ -170,7 +170,7 @@ def report(found: dict[str, dict[int, vaa.Outcome]], given: list[str]) -> list[s
         "Differences are paired by seed: mean ± half of the 95 % interval (Student's t); in brackets in how many seeds "
         "the arm is better. Nats are of answers, a byte.",
         "",
-        *vaa.against(found, CONTROL),
+        *vaa.against(found, CONTROL, digits),
     ]
 
 

@@ -246,27 +246,27 @@ def report(found: Mapping[str, Mapping[int, Outcome]], given: Sequence[str]) -> 
         yield f"| {name} | {' | '.join(cells)} |"
 
 
-def against(found: Mapping[str, Mapping[int, Outcome]], control: str) -> Iterator[str]:
+def against(found: Mapping[str, Mapping[int, Outcome]], control: str, digits: int = 3) -> Iterator[str]:
     """A table of paired differences from one control; arms that have a control of their own are counted from that."""
     level = next(iter(METRICS))
     yield f"| arm | {level} | " + " | ".join(f"Δ {metric}" for metric in METRICS) + " |"
     yield "|---|---:|" + "---:|" * len(METRICS)
     for name, of in found.items():
         other = found[CONTROLS.get(name, control)]
-        cells = [f"{mean(one[level] for one in of.values()):.3f}"]
-        cells += [difference(of, other, metric) if of is not other else "" for metric in METRICS]
+        cells = [f"{mean(one[level] for one in of.values()):.{digits}f}"]
+        cells += [difference(of, other, metric, digits) if of is not other else "" for metric in METRICS]
         yield f"| {name} | {' | '.join(cells)} |"
     yield ""
 
 
-def difference(of: Mapping[int, Outcome], other: Mapping[int, Outcome], metric: str) -> str:
+def difference(of: Mapping[int, Outcome], other: Mapping[int, Outcome], metric: str, digits: int) -> str:
     """Mean ± half of the 95 % interval of the paired differences, and how often they are for the better."""
     values = [of[seed][metric] - other[seed][metric] for seed in of]
     better = sum(value > 0 if metric.startswith("accuracy") else value < 0 for value in values)
     if len(values) == 1:
-        return f"{values[0]:+.3f}"
+        return f"{values[0]:+.{digits}f}"
     half = student_t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
-    return f"{mean(values):+.3f} ± {half:.3f} ({better}/{len(values)})"
+    return f"{mean(values):+.{digits}f} ± {half:.{digits}f} ({better}/{len(values)})"
 
 
 def seconds(one: Outcome) -> float:
