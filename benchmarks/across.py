@@ -19,14 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pair
 import vaa
-from deepfusion import Recipe, Runtime
-from deepfusion.artifacts import Checkpoint, Corpus, TransferSet
-from deepfusion.config import DistillPhase, EvaluatePhase
-from deepfusion.data.documents import Question, ScoredQuestion, TransferDocument, read_jsonl, write_jsonl
+from deepfusion import Recipe
 from deepfusion.findings import versions
-from deepfusion.phases.distill import distill
-from deepfusion.phases.evaluate import ROWS, evaluate
 from seeds import commit, machine
 
 CONTROL, SAME = "no teacher", "same tokenizer"
@@ -41,7 +37,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "uld": {"across": "uld"},
     SAME: {},
 }
-REAL = {"nats a byte, finance": "finance", "nats a byte, medical": "medical"}  # → domain
 METRICS = {
     "nats a byte, private": ("private_only", "answer_nats_per_byte"),
     "nats a byte, all": ("all", "answer_nats_per_byte"),
@@ -57,13 +52,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[20, 21, 22, 23, 24])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="NAME")
     parser.add_argument("--real", type=Path, metavar="RUN")
-    parser.add_argument("--tokens", type=int, default=30_000, help="of training, with --real")
+    parser.add_argument("--tokens", type=int, default=pair.TOKENS, help="of training, with --real")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--out", type=Path, default=Path("runs/across"))
     parser.add_argument("--report", type=Path)
     arguments = parser.parse_args()
     vaa.METRICS.clear()
-    vaa.METRICS.update({name: (domain, "") for name, domain in REAL.items()} if arguments.real else METRICS)
+    vaa.METRICS.update({name: (domain, "") for name, domain in pair.METRICS.items()} if arguments.real else METRICS)
     names = [name for name in arguments.arms if not (arguments.real and name == SAME)]
     found: dict[str, dict[int, vaa.Outcome]] = {name: {} for name in names}
     for seed in arguments.seeds:
@@ -100,58 +95,16 @@ def real(run: Path, name: str, seed: int, tokens: int, out: Path) -> vaa.Outcome
         found = measured(run, name, seed, tokens, out)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found), encoding="utf-8")
-        print(seed, name, *(round(found[metric], 4) for metric in REAL), file=sys.stderr, flush=True)
+        print(seed, name, *(round(found[metric], 4) for metric in pair.METRICS), file=sys.stderr, flush=True)
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 def measured(run: Path, name: str, seed: int, tokens: int, out: Path) -> vaa.Outcome:
-    """Train the run's base on what writers of other tokenizers wrote; the seed is that of the order of the text."""
-    recipe = Recipe.load("real_llms")
-    base = Checkpoint.load(newest(run, "take", "base-*"))
-    transfer = TransferSet.load(newest(run, "transfer"))
-    corpus = Corpus.load(newest(run, "data"))
-    fields = {**recipe.distill.model_dump(), "shifted": False}
-    config = DistillPhase.model_validate({**fields, "objective": {**fields["objective"], **ARMS[name]}})
-    student, began = out / "student", time.process_time()
-    student.mkdir(parents=True, exist_ok=True)
-    budget = 3.0 * base.active_parameters * tokens
-    foreign = of_others(transfer, base, out / "transfer")
-    trained = distill(base, foreign, (), config, budget=budget, seed=seed, into=student, runtime=Runtime(workers=0))
-    seconds = time.process_time() - began
-    asked, into = out / "questions.jsonl", out / "scores"
-    into.mkdir(exist_ok=True)
-    questions = [question for question in read_jsonl(corpus.test, Question) if question.private]
-    write_jsonl(asked, [question.model_copy(update={"options": None, "answer_idx": None}) for question in questions])
-    how = EvaluatePhase(batch_tokens=2048, dtype="bfloat16")
-    evaluate(trained, asked, how, system="joint_student", item=None, into=into, runtime=Runtime(workers=0))
-    rows = list(read_jsonl(into / ROWS, ScoredQuestion))
-    result: dict[str, Any] = {"seconds": seconds}
-    for metric, domain in REAL.items():
-        part = [row for row in rows if row.domain == domain]
-        result[metric] = sum(row.answer_nats for row in part) / sum(row.answer_bytes for row in part)
-    return result
-
-
-def newest(run: Path, phase: str, pattern: str = "*") -> Path:
-    """The folder of a finished step, the last one that was made."""
-    found = [folder for folder in (run / "steps" / phase).glob(pattern) if folder.suffix != ".partial"]
-    return max(found, key=lambda folder: folder.stat().st_mtime)
-
-
-def of_others(transfer: TransferSet, base: Checkpoint, into: Path) -> TransferSet:
-    """Public text, and what was written in tokens that are not the base's."""
-    from deepfusion.checkpoints import open_tokenizer, tokenizer_fingerprint
-    from deepfusion.signals import Signals
-
-    own = tokenizer_fingerprint(open_tokenizer(base.folder))
-    kept = {path.stem for path in transfer.signals.glob("*") if Signals.load(path).tokenizer != own}
-    into.mkdir(parents=True, exist_ok=True)
-    for name in ("signals", "tokenizers"):
-        if not (into / name).exists():
-            (into / name).symlink_to((transfer.folder / name).resolve())
-    documents = read_jsonl(transfer.documents, TransferDocument)
-    write_jsonl(into / "documents.jsonl", [one for one in documents if one.writer is None or one.writer in kept])
-    return transfer.model_copy(update={"folder": into})
+    """Train the run's base on what writers of other tokenizers wrote, and let it answer."""
+    real_pair = pair.Pair.of(run, out)
+    began = time.process_time()
+    student = real_pair.trained(pair.configured(ARMS[name]), tokens, seed, out / "student")
+    return {"seconds": time.process_time() - began, **real_pair.scores(student, out)}
 
 
 # ── the page ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,23 +1,26 @@
 """What matching teachers' features is worth (`objective.kind: vaa`): one joint student an arm, paired over seeds.
 
     python benchmarks/vaa.py [--seeds 10 11 12 13 14] [--arms NAME …] [--out runs/vaa] [--report benchmarks/NAME.md]
-    python benchmarks/vaa.py --real BASE TEACHER DATA [--seeds 0 1 2 3 4] [--arms NAME …] [--out runs/vaa-real]
+    python benchmarks/vaa.py --real RUN --arms NAME … [--tokens 30000] [--seeds 0 1 2 3 4] [--out runs/vaa-real]
 
 A seed is a world: text, devices, teachers and what they write are made once and shared by its arms, whose students
 start from the same base and see the same documents in the same order. An arm is a recipe with a few keys set, run by
 `deepfusion.run`; its numbers are on disk as soon as it is done, so that a study can be stopped and goes on where it
-was. With `--real`, BASE and TEACHER are checkpoint folders (the student's, and what devices start from), DATA a folder
-with the text of the recipe `real_llms`. `--set key=value` changes either world. The report is Markdown, on stdout too.
+was. With `--real`, RUN is a finished run of the recipe `real_llms` (see `pair.py`): its base learns from what its Gemma
+devices wrote, who are asked for their features first. `--set key=value` changes the invented world. The report is
+Markdown, on stdout too.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -27,8 +30,9 @@ from unittest.mock import patch
 from scipy.stats import t as student_t
 from torch import Tensor
 
+import pair
 from deepfusion import Recipe, Runtime, run, students
-from deepfusion.config import LogitsObjective
+from deepfusion.config import LogitsObjective, VAAObjective
 from deepfusion.findings import versions
 from deepfusion.objectives import Objective
 from deepfusion.objectives import build_objective as build
@@ -82,10 +86,6 @@ INVENTED = (
     "models.ancestors.llama.make.layers=3", "models.ancestors.gpt_neox.make.layers=3",
     "transfer.sampled_per_cluster=600", "distill.budget_tokens=320000", *JOINT_ALONE,
 )  # fmt: skip
-REAL = (
-    "name=vaa_real", "data.partition.devices=2", "cluster.k=1", "assemble.top_k=1", "distill.shifted=false",
-    *JOINT_ALONE,
-)  # fmt: skip
 Outcome = dict[str, Any]
 
 
@@ -94,17 +94,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13, 14])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="NAME")
-    parser.add_argument("--real", nargs=3, type=Path, metavar=("BASE", "TEACHER", "DATA"))
+    parser.add_argument("--real", type=Path, metavar="RUN")
+    parser.add_argument("--tokens", type=int, default=pair.TOKENS, help="of training, with --real")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--out", type=Path, default=Path("runs/vaa"))
     parser.add_argument("--report", type=Path)
     arguments = parser.parse_args()
-    world = real(arguments.real, arguments.overrides) if arguments.real else invented(arguments.overrides)
+    if arguments.real:
+        METRICS.clear()
+        METRICS.update({metric: (domain, "") for metric, domain in pair.METRICS.items()})
+    world = invented(arguments.overrides)
     found: dict[str, dict[int, Outcome]] = {name: {} for name in arguments.arms}
     for seed in arguments.seeds:
         for name in arguments.arms:
-            found[name][seed] = outcome(arm(world, name, seed), name, arguments.out / str(seed))
-    text = "\n".join(report(found, sys.argv[1:]))
+            out = arguments.out / str(seed)
+            how = partial(really, arguments.real, name, seed, arguments.tokens) if arguments.real else measured
+            found[name][seed] = outcome(arm(world, name, seed), name, out, how)
+    text = "\n".join(report(found, sys.argv[1:], 4 if arguments.real else 3))
     print(text)
     if arguments.report:
         arguments.report.write_text(text + "\n", encoding="utf-8")
@@ -116,22 +122,6 @@ def main() -> None:
 def invented(overrides: Sequence[str]) -> Recipe:
     """A smaller world than the demo's: eight devices, three architectures, two tokenizers, four domains."""
     return Recipe.load("demo", [*INVENTED, *overrides])
-
-
-def real(paths: Sequence[Path], overrides: Sequence[str]) -> Recipe:
-    """Two devices with whole companies' questions, of one architecture, and a student of another."""
-    base, teacher, data = paths
-    companies = {"source": "Financial-QA-10K", "private_group": "True"}
-    named: dict[str, Any] = {
-        "data.source.sources": [
-            {"path": str(data / "finance_open.jsonl"), "where": companies, "max_rows": 1200},
-            {"path": str(data / "general_instruction.jsonl"), "where": {"split": "public"}, "max_rows": 300},
-        ],
-        "models.base": {"path": str(base)},
-        "models.ancestors": {"teacher": {"path": str(teacher)}},
-    }
-    settings = [f"{key}={json.dumps(value)}" for key, value in named.items()]
-    return Recipe.load("real_llms", [*REAL, *settings, *overrides])
 
 
 def arm(world: Recipe, name: str, seed: int) -> Recipe:
@@ -147,11 +137,11 @@ def arm(world: Recipe, name: str, seed: int) -> Recipe:
     return Recipe.model_validate(tree)
 
 
-def outcome(recipe: Recipe, name: str, out: Path) -> Outcome:
+def outcome(recipe: Recipe, name: str, out: Path, how: Callable[[Recipe, Path], Outcome] | None = None) -> Outcome:
     """An arm's numbers: from disk, or measured."""
     file = out / "arms" / f"{name}.json"
     if not file.exists():
-        found = measured(recipe, out)
+        found = (how or measured)(recipe, out)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found), encoding="utf-8")
         print(recipe.seed, name, *(round(found[metric], 4) for metric in METRICS), file=sys.stderr, flush=True)
@@ -177,6 +167,15 @@ class Trainings:
         self.seconds.append(time.process_time())
         self.terms.append({name: float(term.detach()) for name, term in terms.items()})
 
+    def summary(self) -> Outcome:
+        """Steps, processor seconds that one takes, and the curves of two terms."""
+        return {
+            "steps": len(self.terms),
+            "step": median(later - earlier for earlier, later in pairwise(self.seconds)),
+            "fm": [round(terms["fm"], 4) for terms in self.terms] if "fm" in self.terms[-1] else None,
+            "ce": [round(terms["ce"], 4) for terms in self.terms],
+        }
+
 
 def measured(recipe: Recipe, out: Path) -> Outcome:
     """Train one arm's student, the last training of its run, and measure it."""
@@ -193,19 +192,37 @@ def measured(recipe: Recipe, out: Path) -> Outcome:
     parts = {part["part"]: part["token_parameters"] for part in results["compute"] if part["system"] == "deepfusion"}
     return {
         **{name: rows[key] for name, key in METRICS.items()},
-        "steps": len(trainings.terms),
-        "step": median(later - earlier for earlier, later in pairwise(trainings.seconds)),
+        **trainings.summary(),
         "consult": sum(phase["cpu_seconds"] for phase in results["phases"] if phase["name"] == "consult"),
         "compute": {part: parts[part] for part in ("joint", "consult") if part in parts},
-        "fm": [round(terms["fm"], 4) for terms in trainings.terms] if "fm" in trainings.terms[-1] else None,
-        "ce": [round(terms["ce"], 4) for terms in trainings.terms],
     }
+
+
+def really(run: Path, name: str, seed: int, tokens: int, recipe: Recipe, out: Path) -> Outcome:
+    """An arm on a real pair: what it sets in the objective, and as many tokens as it gets, are as in the recipe."""
+    objective, tokens = recipe.distill.objective, round(tokens * (1.2 if name == LONGER else 1))
+    real_pair, trainings = pair.Pair.of(run, out), Trainings()
+    changed = {field: getattr(objective, field) for field in objective.model_fields_set if field != "across"}
+    config = pair.configured(changed)
+    began = time.process_time()
+    asked = objective.features.model_dump_json() if isinstance(objective, VAAObjective) else None
+    teachings = [] if asked is None else real_pair.teachings(config, out.parent / "consult" / filed(asked))
+    consult = time.process_time() - began
+    with patch.object(students, "build_objective", trainings.build):
+        student = real_pair.trained(config, tokens, seed, out / "student", teachings)
+    work = {"consult": sum(teaching.work.token_parameters for teaching in teachings)}
+    return {**real_pair.scores(student, out), **trainings.summary(), "consult": consult, "compute": work}
+
+
+def filed(name: str) -> str:
+    """A name for a folder."""
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
 # ── the page ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def report(found: Mapping[str, Mapping[int, Outcome]], given: Sequence[str]) -> Iterator[str]:
+def report(found: Mapping[str, Mapping[int, Outcome]], given: Sequence[str], digits: int) -> Iterator[str]:
     """The Markdown page, line by line."""
     seeds = list(next(iter(found.values())))
     yield "# Matching teachers' features, arm by arm"
@@ -221,11 +238,11 @@ def report(found: Mapping[str, Mapping[int, Outcome]], given: Sequence[str]) -> 
         "the arm is better. `placebo` is `vaa` with α = 1e-6: how far trainings differ once a last digit does."
     )
     yield ""
-    yield from against(found, CONTROL)
+    yield from against(found, CONTROL, digits)
     if LONGER in found:
         yield "## Against `logits` with as much time as `vaa` takes"
         yield ""
-        yield from against(found, LONGER)
+        yield from against(found, LONGER, digits)
     yield "## Feature loss and time"
     yield ""
     yield (
@@ -246,7 +263,7 @@ def report(found: Mapping[str, Mapping[int, Outcome]], given: Sequence[str]) -> 
         yield f"| {name} | {' | '.join(cells)} |"
 
 
-def against(found: Mapping[str, Mapping[int, Outcome]], control: str, digits: int = 3) -> Iterator[str]:
+def against(found: Mapping[str, Mapping[int, Outcome]], control: str, digits: int) -> Iterator[str]:
     """A table of paired differences from one control; arms that have a control of their own are counted from that."""
     level = next(iter(METRICS))
     yield f"| arm | {level} | " + " | ".join(f"Δ {metric}" for metric in METRICS) + " |"
