@@ -70,4 +70,4 @@ def _finite(tree: Any) -> Any:
 
 
 def _facts(artifact: Clusters | Proxy | TransferSet) -> dict[str, Any]:
-    return artifact.model_dump(mode="json", exclude={"folder", "digest", "work", "centroids"})
+    return artifact.model_dump(mode="json", exclude={"folder", "digest", "work", "centroids", "shifted"})
