@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,40 @@ def test_public_text_alone(base: Checkpoint, tmp_path: Path) -> None:
     assert texts(found, base) == ["".join(pair) for pair in PUBLIC]
 
 
-def test_what_a_device_says_after_the_fact_goes_before(base: Checkpoint, foreign: Checkpoint, tmp_path: Path) -> None:
+def test_what_a_device_thought_while_it_wrote_goes_before_what_it_says_later(
+    base: Checkpoint, foreign: Checkpoint, tmp_path: Path
+) -> None:
+    """Asked later it has an opinion on the prompts too, which others wrote; of its answers features are taken alone."""
     made = transfer(folder(tmp_path / "transfer"), base)
+    asked = {f"d-law/a{n}": p + a for n, (p, a) in enumerate(PRIVATE["d-law"])}
+    told = teaching("d-law", 0, asked, foreign, tmp_path / "told")
+    signals = Signals.load(told.signals)
+    of = {
+        name: replace(one, features=np.full((1, 2, 16), n, np.float16))
+        for n, (name, one) in enumerate(signals.of.items())
+    }
+    Signals(signals.tokenizer, signals.lineage, of).save(told.signals)
+    found = transfer_lessons(base, made, [told], FAST, objective=VAAObjective(stages=1, patches=2))
+    alone = transfer_lessons(base, made, (), FAST)
+    assert taught_by(found) == taught_by(alone) == ["-"] * 3 + ["same"] * 4
+    for one, plain in zip(found, alone, strict=True):
+        assert np.array_equal(one.ids, plain.ids)
+        if plain.topk_logprobs is not None:
+            assert np.array_equal(one.topk_logprobs, plain.topk_logprobs)
+            assert np.isneginf(one.topk_logprobs[:2]).all()
+    assert [None if one.features is None else int(one.features.max()) for one in found] == [None] * 3 + [
+        0,
+        1,
+        None,
+        None,
+    ]
+
+
+def test_a_device_that_kept_nothing_is_heard_by_what_it_says_later(
+    base: Checkpoint, foreign: Checkpoint, tmp_path: Path
+) -> None:
+    made = transfer(folder(tmp_path / "transfer"), base)
+    (made.signals / "d-law.safetensors").unlink()
     asked = {f"d-law/a{n}": p + a for n, (p, a) in enumerate(PRIVATE["d-law"])}
     told = teaching("d-law", 0, asked, foreign, tmp_path / "told")
     assert taught_by(transfer_lessons(base, made, [told], FAST)) == ["-"] * 3 + ["other"] * 2 + ["same"] * 2

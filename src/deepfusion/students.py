@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -95,8 +96,8 @@ def transfer_lessons(
     """The transfer set as lessons for `student`: each document with its teacher's signals, in the student's tokens.
 
     Args:
-        teachings: what teachers said after the fact. Without any, a document's teacher is its writer, by the
-            probabilities kept while writing, and public documents have none.
+        teachings: what teachers said after the fact. A written document's teacher is its writer, by the probabilities
+            kept while writing, with the features that it was asked for, if it was; public documents have none.
         cluster: only what this cluster knows; none: everything.
         ask: `writers`: one lesson per document; `proxies`: one per document and teacher of the document's cluster (or
             of `cluster`, which is then asked about every public document, as published).
@@ -115,6 +116,7 @@ def transfer_lessons(
     said = hear({one.teacher: (Signals.load(one.signals), one.tokenizers) for one in teachings}, tokenizer, across)
     written = {path.stem: Signals.load(path) for path in sorted(transfer.signals.glob("*.safetensors"))}
     kept = hear({name: (signals, transfer.tokenizers) for name, signals in written.items()}, tokenizer, across)
+    writers = said | {name: _featured(one, said[name]) if name in said else one for name, one in kept.items()}
     result: list[Lesson] = []
     for document in documents:
         if only_public and document.kind != "public":
@@ -126,7 +128,7 @@ def transfer_lessons(
         if ask == "proxies":
             teachers = [one for name, one in said.items() if knows_of[name] == knows and document.id in one.signals.of]
         else:
-            own = said.get(document.writer or "") or kept.get(document.writer or "")
+            own = writers.get(document.writer or "")
             teachers = [own] if own is not None and document.id in own.signals.of else []
         owner = -1 if document.cluster is None else document.cluster
         fitting = [
@@ -146,6 +148,18 @@ def transfer_lessons(
         ]
         result += fitting or _untaught(document, tokenizer, training, owner)
     return focused(result, objective.focus)
+
+
+def _featured(writer: Heard, asked: Heard) -> Heard:
+    """A writer, by what it thought while it wrote, with the features that it was asked for afterwards.
+
+    Asked afterwards it has an opinion on prompts too, which it did not write: to teach that does harm.
+    """
+    of = {
+        name: replace(signal, features=asked.signals.of[name].features) if name in asked.signals.of else signal
+        for name, signal in writer.signals.of.items()
+    }
+    return replace(writer, signals=replace(writer.signals, of=of))
 
 
 def _taught(
