@@ -153,7 +153,7 @@ def transfer_lessons(
 def _featured(writer: Heard, asked: Heard) -> Heard:
     """A writer, by what it thought while it wrote, with the features that it was asked for afterwards.
 
-    Asked afterwards it has an opinion on prompts too, which it did not write: to teach that does harm.
+    Asked afterwards it has an opinion on prompts too, which it did not write, and which is not taught without VAA.
     """
     of = {
         name: replace(signal, features=asked.signals.of[name].features) if name in asked.signals.of else signal
