@@ -13,7 +13,19 @@ SOURCE = Path(__file__).parents[1] / "src" / "deepfusion"
 # From the bottom up: a module imports from its own layer and those below. A package's name covers its modules.
 LAYERS = (
     ("errors", "artifacts", "config", "progress", "memory", "data.documents"),
-    ("losses", "alignment", "metrics", "labels", "findings", "outcome", "store", "signals", "inputs", "roles"),
+    (
+        "losses",
+        "alignment",
+        "metrics",
+        "labels",
+        "findings",
+        "outcome",
+        "store",
+        "signals",
+        "inputs",
+        "roles",
+        "precision",
+    ),
     ("layouts", "families", "weights", "checkpoints", "adapters", "routing", "scoring", "encoders"),
     ("objectives", "data", "training", "students", "ancestors", "writing", "figures", "page"),
     ("phases", "conclusion"),

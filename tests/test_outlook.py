@@ -32,6 +32,15 @@ def test_adapters_are_made_whole() -> None:
     assert "materialise" not in counts("device.method=lora")
 
 
+def test_devices_that_start_from_the_base_have_task_vectors() -> None:
+    with_them = counts("distill.task_vectors=0.5", recipe="real_llms")
+    without = counts("distill.task_vectors=0", recipe="real_llms")
+    assert (with_them["task_vectors"], with_them["evaluate"]) == (1, without["evaluate"] + 1)
+    assert list(with_them) == [phase for phase in STEPS if phase in with_them]
+    assert "task_vectors" not in without
+    assert "task_vectors" not in counts("distill.task_vectors=0.5")  # of made models none is the base
+
+
 def test_phases_that_are_planned_already_are_not_told_again() -> None:
     assert list(counts(planned=set(STEPS) - {"evaluate", "report"})) == ["evaluate", "report"]
 

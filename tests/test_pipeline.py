@@ -99,7 +99,7 @@ def test_results_follow_their_schema(done: tuple[Path, Report, Seen]) -> None:
     assert found["memory"]["server_peak_bytes"] > 0
     for step in found["phases"]:
         assert {"name", "item", "seconds", "cpu_seconds", "cached", "tokens", "flops"} <= set(step)
-    unwanted = {"take", "materialise", "shift", "consult", "report"}
+    unwanted = {"take", "materialise", "shift", "task_vectors", "consult", "report"}
     assert {step["name"] for step in found["phases"]} == set(pipeline.STEPS) - unwanted
 
 
@@ -394,3 +394,30 @@ def test_models_from_elsewhere_are_taken(
     assert "take base" in seen.ran
     assert {name for name in seen.ran if name.startswith(("device", "upload", "cluster", "write"))} == set()
     assert results(out)["rejected"] == []
+
+
+def test_what_devices_learned_in_the_base_is_added_to_it(
+    again: Callable[..., tuple[Path, Seen]], done: tuple[Path, Report, Seen]
+) -> None:
+    """Kin is told by content: another copy of the base's checkpoint, under another name."""
+    base = next(done[0].glob("steps/make/base-*"))
+    gpt2 = recipe().models.ancestors["gpt2"].model_dump_json()
+    copy = shutil.copytree(base, done[0].parent / "copy", dirs_exist_ok=True)
+    models = (f"models.base={{path: {base}}}", f"models.ancestors={{small: {gpt2}, kin: {{path: {copy}}}}}")
+    out, seen = again(*models, "evaluate.references=[dense_kd]", "distill.task_vectors=0.25")
+    assert {"task_vectors", "evaluate task_vectors", "joint", "dense_kd"} <= set(seen.ran)
+    start = dict(tensors(next(out.glob("steps/task_vectors/*"))))
+    before = dict(tensors(base))
+    proxies = [
+        json.loads((folder / "record.json").read_text()) | {"folder": folder} for folder in out.glob("steps/proxy/*")
+    ]
+    kin = [dict(tensors(proxy["folder"] / "model")) for proxy in proxies if proxy["model_type"] == "llama"]
+    assert len(kin) == 2
+    for name, tensor in start.items():
+        torch.testing.assert_close(tensor, before[name] + 0.25 * sum(one[name] - before[name] for one in kin))
+    systems = [row["system"] for row in results(out)["rows"]]
+    assert "task_vectors" in systems
+    without, seen = again(*models, "evaluate.references=[]", "distill.task_vectors=0")
+    assert "task_vectors" not in seen.ran
+    assert "joint" in seen.ran
+    assert "task_vectors" not in {row["system"] for row in results(without)["rows"]}

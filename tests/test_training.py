@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deepfusion import adapters
+from deepfusion import adapters, precision
 from deepfusion.checkpoints import open_model
 from deepfusion.config import LogitsObjective, LoRA, Runtime, Training, VAAObjective
 from deepfusion.data.batches import Schedule, collate
@@ -114,10 +114,23 @@ def test_the_loss_goes_down(model_type: str, tmp_path: Path) -> None:
     assert progress["total"] == pytest.approx(done.tokens)
 
 
-@pytest.mark.parametrize(("compute", "products"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("compute", "known", "products"),
+    [
+        ("float32", True, torch.float32),
+        ("bfloat16", True, torch.bfloat16),
+        ("bfloat16", False, torch.float32),
+    ],
+)
 def test_low_precision_is_of_products_and_not_of_weights(
-    compute: Literal["float32", "bfloat16"], products: torch.dtype, tmp_path: Path
+    compute: Literal["float32", "bfloat16"],
+    known: bool,
+    products: torch.dtype,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """And only where the processor knows it."""
+    monkeypatch.setattr(precision, "knows_bfloat16", lambda _: known)
     model, told = open_model(pico("llama", tmp_path / "llama", hidden=16)), text()
     seen: set[torch.dtype] = set()
     model.get_submodule("model.layers.0.mlp.up_proj").register_forward_hook(lambda *a: seen.add(a[-1].dtype))

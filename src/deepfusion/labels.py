@@ -24,6 +24,7 @@ STAGES = {
     "device_ensemble": "devices (ensemble)",
     "proxy": "proxies",
     "proxy_ensemble": "proxies (ensemble)",
+    "task_vectors": "base + task vectors",
     "joint_student": "joint student",
     "branch": "branches",
     "branch_ensemble": "branches (ensemble)",

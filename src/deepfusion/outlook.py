@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from deepfusion.config import Recipe, VAAObjective
 from deepfusion.planner import PlannedStep
+from deepfusion.roles import of_the_base
 
 
 def waiting(recipe: Recipe, planned: set[str]) -> list[PlannedStep]:
@@ -33,6 +34,8 @@ def _phases(recipe: Recipe) -> Iterator[tuple[str, int, str]]:
     yield "write", k * writing, _several(k, "for each cluster")
     yield "transfer", 1, one
     yield "shift", int(recipe.distill.shifted), one
+    vectors = int(recipe.distill.task_vectors > 0 and of_the_base(recipe.models))
+    yield "task_vectors", vectors, one
     if recipe.distill.teachers == "proxies":
         yield "consult", k, _several(k, "for each proxy", at_least=True)
     elif isinstance(recipe.distill.objective, VAAObjective):
@@ -46,7 +49,7 @@ def _phases(recipe: Recipe) -> Iterator[tuple[str, int, str]]:
     yield "upcycle", int(bool({"pooled_text", "centralized"} & references)), one
     for name in dict.fromkeys(recipe.evaluate.references):
         yield name, 1, one
-    models = 4 + devices + 2 * k + len(references)  # four: base, joint student, merged and tuned MoE
+    models = 4 + vectors + devices + 2 * k + len(references)  # four: base, joint student, merged and tuned MoE
     yield "evaluate", models, _several(models, "for each model", at_least=True)
     yield "report", 1, one
 

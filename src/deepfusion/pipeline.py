@@ -57,13 +57,27 @@ def run(
 
     keyed = by_content(recipe)  # first of all: it finds what is missing
     out = _folder(recipe, out)
+    runtime = runtime or Runtime()
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / ".lock")
-        with lock.acquire(timeout=0), Engine(Store(out / "steps"), runtime or Runtime(), watch) as engine:
+        with lock.acquire(timeout=0), Engine(Store(out / "steps"), runtime, watch) as engine:
+            _say_precision(recipe, engine)
             return _publish(_Method(recipe, keyed, engine), out)
     except Timeout:
         raise InputError(f"{out} is in use by another run: wait for it, or give --out another folder") from None
+
+
+def _say_precision(recipe: Recipe, engine: Engine) -> None:
+    """Say it where the machine computes in another precision than the recipe asks for."""
+    if "bfloat16" not in recipe.model_dump_json():  # to look at the machine takes torch
+        return
+    from deepfusion.precision import fitted, told
+
+    accelerator = engine.runtime.accelerator
+    _, widened = fitted(recipe, accelerator)
+    if widened:
+        engine.watch.message(told(widened, accelerator))
 
 
 def plan(recipe: Recipe, out: str | Path | None = None) -> list[PlannedStep]:
@@ -184,6 +198,16 @@ class _Method:
             paid = {"paid": [lessons]}
 
         # Phase II: one student learns from everyone; copies of it go on, each in its own domain.
+        start = base
+        kin = [
+            proxy.model
+            for proxy, (_, _, uploads) in zip(proxies, groups, strict=True)
+            if uploads[0].lineage == base.result().lineage
+        ]
+        if recipe.distill.task_vectors and kin:
+            start = self.go(
+                Checkpoint, "task_vectors", base=base, proxies=kin, scale=recipe.distill.task_vectors, priority=FIRST
+            )  # fmt: skip
         teachings = [
             self.go(
                 Teaching, "consult", teacher.name, teacher=teacher.model, cluster=teacher.cluster, transfer=transfer,
@@ -194,10 +218,10 @@ class _Method:
         budget = 3.0 * base.result().active_parameters * recipe.distill.budget_tokens
         shares = recipe.distill.shares
         k = recipe.cluster.k
-        joint = base
+        joint = start
         if shares.joint:
             joint = self.go(
-                Checkpoint, "joint", student=base, transfer=lessons, teachings=teachings, config=recipe.distill,
+                Checkpoint, "joint", student=start, transfer=lessons, teachings=teachings, config=recipe.distill,
                 budget=shares.joint * budget, seed=seed, priority=FIRST, **paid,
             )  # fmt: skip
         branches = [joint] * k
@@ -223,11 +247,12 @@ class _Method:
                 ask=recipe.distill.teachers, budget=shares.tune * budget, seed=seed, priority=FIRST,
             )  # fmt: skip
 
-        beside, copies = references(self.go, recipe, base, corpus, transfer, lessons, teachings, budget)
+        beside, copies = references(self.go, recipe, base, start, corpus, transfer, lessons, teachings, budget)
         systems: list[tuple[str, str | None, Future[Any] | Artifact]] = [
             ("base", None, base),
             *(("device", upload.device, upload) for upload in accepted),
             *(("proxy", proxy.name, proxy.model) for proxy in proxies),
+            *([("task_vectors", None, start)] if start is not base else []),
             ("joint_student", None, joint),
             *(("branch", f"cluster-{cluster}", branch) for cluster, branch in enumerate(branches)),
             ("merged", None, merged),

@@ -14,6 +14,7 @@ def references(
     go: Callable[..., Future[Checkpoint]],
     recipe: Recipe,
     base: Future[Checkpoint],
+    start: Future[Checkpoint],
     corpus: Future[Corpus],
     transfer: Future[TransferSet],
     lessons: Future[TransferSet],
@@ -22,8 +23,8 @@ def references(
 ) -> tuple[dict[str, Future[Checkpoint]], Future[Checkpoint] | None]:
     """Name → model of every reference that the recipe wants, and the MoE of copies that some start from (or none).
 
-    `go` submits a step; `lessons` is the transfer set as students are taught it, shifted or not; `budget` is in
-    token-parameters.
+    `go` submits a step; `start` is what the run's own dense student starts from; `lessons` is the transfer set as
+    students are taught it, shifted or not; `budget` is in token-parameters.
     """
     seed, wanted = recipe.seed, dict.fromkeys(recipe.evaluate.references)
     common = {"transfer": transfer, "teachings": teachings, "config": recipe.distill, "seed": seed}
@@ -43,7 +44,7 @@ def references(
         elif name == "dense_kd":
             paid = {} if lessons is transfer else {"paid": [lessons]}
             result[name] = go(
-                Checkpoint, name, base=base, budget=budget, priority=LAST, **(common | {"transfer": lessons}), **paid
+                Checkpoint, name, base=start, budget=budget, priority=LAST, **(common | {"transfer": lessons}), **paid
             )
         else:
             result[name] = go(

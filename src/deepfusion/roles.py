@@ -31,6 +31,11 @@ def starting_points(devices: Sequence[str], models: Models, seed: int) -> dict[s
     return {device: names[(n + n // len(names)) % len(names)] for n, device in enumerate(devices)}
 
 
+def of_the_base(models: Models) -> bool:
+    """Whether some devices start from the very checkpoint that is the base, as far as the recipe tells."""
+    return models.base.path is not None and models.base in models.ancestors.values()
+
+
 def by_lineage(uploads: Sequence[Upload], clusters: Clusters) -> list[tuple[int, str, list[Upload]]]:
     """(cluster, lineage, members) of every proxy to make, in order; members in the cluster's order.
 

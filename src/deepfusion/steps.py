@@ -32,6 +32,7 @@ STEPS: dict[str, tuple[str, type[Artifact], int]] = {
     "write": ("deepfusion.phases.transfer:write_cluster", Writing, 5),
     "transfer": ("deepfusion.phases.transfer:gather", TransferSet, 3),
     "shift": ("deepfusion.phases.shift:shift", TransferSet, 2),
+    "task_vectors": ("deepfusion.phases.task_vectors:add_task_vectors", Checkpoint, 1),
     "consult": ("deepfusion.phases.distill:consult", Teaching, 3),
     "joint": ("deepfusion.phases.distill:distill", Checkpoint, 3),
     "branch": ("deepfusion.phases.distill:distill", Checkpoint, 3),

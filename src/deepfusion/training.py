@@ -20,6 +20,7 @@ from deepfusion.data.batches import Schedule, collate, isolation_mask
 from deepfusion.families import experts, family, head
 from deepfusion.layouts import grouped
 from deepfusion.objectives.base import Objective, Predictions
+from deepfusion.precision import usable
 from deepfusion.progress import Ticker
 
 SCRATCH = ".trainer"  # hidden: never part of an artifact
@@ -225,7 +226,7 @@ def fit(
         disable_tqdm=True,
         report_to="none",
         use_cpu=runtime.accelerator == "cpu",
-        bf16=training.compute == "bfloat16",
+        bf16=usable(training.compute, runtime.accelerator) == torch.bfloat16,
         seed=seed,
         log_level="error",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,20 @@ def test_a_shifted_teacher_is_paid_by_the_joint_student(tmp_path: Path) -> None:
     tasks = by_phase(worked_out(extent(tmp_path, "distill.shifted=true", "distill.budget_tokens=100_000")))
     [shift], [joint] = tasks["shift"], tasks["joint"]
     assert shift.flops + joint.flops == pytest.approx(0.92 * 6 * 100_000 * joint.shape.active)  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_what_devices_learn_in_the_base_is_added_to_it(tmp_path: Path) -> None:
+    strangers = extent(tmp_path, "device.method=lora", "distill.task_vectors=0.5")
+    kin = replace(strangers.starts["models.ancestors.gpt2"], lineage=strangers.base.lineage)
+    load = replace(strangers, starts={**strangers.starts, "models.ancestors.gpt2": kin})
+    [task] = by_phase(worked_out(load))["task_vectors"]
+    assert (task.steps, task.flops, task.disk) == (1, 0, 4 * load.base.shape.parameters)
+    assert "task_vectors" not in by_phase(worked_out(strangers))
+
+    def evaluations(load: Extent) -> int:
+        return sum(task.steps for task in by_phase(worked_out(load))["evaluate"])
+
+    assert evaluations(load) == evaluations(strangers) + 1
 
 
 @pytest.mark.slow

@@ -2,13 +2,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from deepfusion import memory
+from deepfusion import memory, precision
 from deepfusion.artifacts import Checkpoint, Corpus, Upload
 from deepfusion.config import DevicePhase, LoRA
 from deepfusion.data.documents import write_jsonl
 from deepfusion.encoders import embed
 from deepfusion.errors import InputError
+from deepfusion.phases import device
 from deepfusion.phases.device import train_device
 from deepfusion.phases.upload import materialise, receive
 from tiny import FAST, HERE, PRIVATE, checkpoint, corpus, documents, folder, weights
@@ -122,6 +124,26 @@ def test_the_uploaded_weights_have_the_recipes_precision(dtype: str, text: Corpu
     upload = train(text, ancestor, tmp_path / "device", config)
     size = sum(path.stat().st_size for path in upload.model.glob("*.safetensors"))
     assert size == pytest.approx(upload.parameters * (4 if dtype == "float32" else 2), rel=0.2)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_weights_beside_an_adapter_are_as_the_processor_likes_them(
+    known: bool, text: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[torch.dtype] = []
+    open_model = device.checkpoints.open_model
+
+    def noted(folder: Path, dtype: torch.dtype, **options: Any) -> Any:
+        opened.append(dtype)
+        return open_model(folder, dtype, **options)
+
+    monkeypatch.setattr(device.checkpoints, "open_model", noted)
+    monkeypatch.setattr(precision, "knows_bfloat16", lambda _: known)
+    coarse = CONFIG.model_copy(update={"training": FAST.model_copy(update={"dtype": "bfloat16"}), "epochs": 1})
+    ancestor = checkpoint("llama", tmp_path / "llama")
+    train(text, ancestor, tmp_path / "adapted", coarse.model_copy(update={"method": "lora"}))
+    train(text, ancestor, tmp_path / "whole", coarse)
+    assert opened == [torch.bfloat16 if known else torch.float32, torch.bfloat16]
 
 
 # ── adapters ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -131,7 +131,7 @@ def doctor(
 
 @command
 def show(folder: RunFolder, as_json: AsJson = False) -> None:
-    """Print what a finished run found: the headline table, compute, bytes and where the time went.
+    """Print what a finished run found: the headline table, compute and where the time went.
 
     Example: `deepfusion show runs/demo`
     """

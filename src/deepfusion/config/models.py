@@ -49,7 +49,7 @@ class Training(Section):
     """Precision of the trained weights."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """Precision of matrix products: bfloat16 leaves float32 weights as they are (autocast) and is several times faster
-    on processors and accelerators that know it."""
+    on processors and accelerators that have instructions for it; where there are none, float32 is used."""
     gradient_checkpointing: bool = False
     """Work each layer out a second time on the way back instead of keeping what it needs: less memory, about a third
     more time, the same result."""

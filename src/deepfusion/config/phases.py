@@ -102,8 +102,8 @@ class TransferPhase(Section):
     batch: int = Field(default=64, ge=1)
     """Documents written at a time."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision in which models write and are asked what they think; bfloat16 is several times faster where the
-    processor or accelerator knows it."""
+    """Precision in which models write and are asked what they think. bfloat16 is several times faster where the
+    processor or accelerator has instructions for it; where it has none, float32 is used."""
 
 
 Across = Literal["auto", "span_likelihood", "projected_kl", "hybrid_kl", "mined", "uld"]
@@ -243,6 +243,10 @@ class DistillPhase(Section):
     shifted: bool = False
     """Teachers' probabilities are taken as a shift of the base's own: base · writer / the writer's public ancestor. For
     bases that are better language models than the devices' (real text); costs a pass of the base over written text."""
+    task_vectors: float = Field(default=0.0, ge=0)
+    """Where devices' public ancestor is the base itself, students start from the base plus this times what each
+    cluster's average of these devices has changed in it (task arithmetic, arXiv 2212.04089), before anything is
+    distilled. Without such devices it changes nothing."""
     teacher_top_k: int | None = Field(default=32, ge=1)
     """Probabilities kept of teachers asked after the fact; none keeps all of them (dense KL)."""
     branch_trains: Literal["all", "ffn"] = "all"

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from deepfusion import encoders, pipeline
+from deepfusion import encoders, pipeline, precision
 from deepfusion.config import Recipe, Runtime
 from deepfusion.data.tokens import Tokenizer
 from deepfusion.doctor import costs, lengths, machine, models, text, timing, tokenizers
@@ -41,15 +41,17 @@ def examine(recipe: Recipe, out: Path, runtime: Runtime, *, timed: bool = True) 
         timed: measure for some seconds how long this machine takes, with models of the run's shapes.
     """
     here = machine.look(out, runtime)
+    written, (recipe, widened) = recipe, precision.fitted(recipe, runtime.accelerator)
     with TemporaryDirectory() as scratch:
         found, tasks = _inputs(recipe, Path(scratch))
     found += machine.checks(here, runtime)
+    found += machine.widened(widened, runtime)
     rates: Rates | None = None
     if tasks:
         rates = timing.measure(tasks, recipe, runtime) if timed and machine.available(runtime) else None
         found += _trainings(tasks)
         found += _room(recipe, tasks, here, runtime)
-        found += _done(recipe, out)
+        found += _done(written, out)
     return Diagnosis(
         recipe=recipe.name,
         checks=tuple(found),

@@ -58,6 +58,13 @@ class Extent:
         device = self.recipe.device
         return device.training.dtype if device.method == "full" else "float32"
 
+    def task_vectors(self) -> str | None:
+        """Precision of the base with what devices have learned in its own weights; none: no device starts from it."""
+        if not self.recipe.distill.task_vectors:
+            return None
+        kin = any(start.lineage == self.base.lineage for start in self.by_device().values())
+        return self.sent if kin else None
+
     def proxies(self) -> tuple[int, float]:
         """How many there are, and how many members each has."""
         n, k = len(self.text.private), self.recipe.cluster.k

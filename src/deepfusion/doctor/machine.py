@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from deepfusion import precision
 from deepfusion.config import Runtime
 from deepfusion.display import size
 from deepfusion.doctor.diagnosis import Check, Machine
@@ -67,6 +68,12 @@ def checks(machine: Machine, runtime: Runtime) -> Iterator[Check]:
             f"{runtime.workers} workers of {runtime.threads} threads share {machine.cores} cores",
             "more than there are cores make a run slower: lower --workers or --threads",
         )  # fmt: skip
+
+
+def widened(keys: Sequence[str], runtime: Runtime) -> Iterator[Check]:
+    """What is computed in float32 because there is no bfloat16."""
+    if keys:
+        yield Check("machine", "bfloat16", "ok", precision.told(keys, runtime.accelerator))
 
 
 def memory(peaks: Sequence[float], machine: Machine, runtime: Runtime) -> Check:

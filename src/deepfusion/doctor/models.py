@@ -136,12 +136,13 @@ def trainings(starts: Mapping[str, Start], recipe: Recipe) -> Iterator[Check]:
     for section, (phase, trained) in sections.items():
         training = phase.training
         known = [start.key for start in trained if start.folder and start.shape.parameters >= PRETRAINED_PARAMETERS]
-        most = ADAPTER_RATE if section == "device" and recipe.device.method != "full" else PRETRAINED_RATE
+        adapts = section == "device" and recipe.device.method != "full"
+        most, better = (ADAPTER_RATE, 5e-4) if adapts else (PRETRAINED_RATE, 5e-5)
         if known and training.learning_rate > most:
             yield Check(
                 "training", f"{section}.training", "warning",
                 f"learning_rate {training.learning_rate:g} was found for tiny models, and is much for {joined(known)}",
-                f"lower it, as with --set {section}.training.learning_rate=5e-5",
+                f"lower it, as with --set {section}.training.learning_rate={better:g}",
             )  # fmt: skip
         for start in trained:
             if start.context and training.context > start.context:

@@ -115,6 +115,8 @@ def _transfer(of: Extent) -> Iterator[Task]:
             "shift", 1, "read", shape, tokens, forward=tokens * shape.active, batch=64 * transfer.max_new_tokens,
             taught=tokens, kept=transfer.top_k, disk=_signals(of, tokens), dtype=transfer.dtype,
         )  # fmt: skip
+    if vectors := of.task_vectors():
+        yield Task("task_vectors", 1, shape=of.base.shape, disk=of.base.shape.parameters * size_of(vectors))
     yield from _consulted(of, largest)
 
 
@@ -190,7 +192,8 @@ def _beside(of: Extent) -> Iterator[Task]:
 def _evaluations(of: Extent, base: Shape, moe: Shape) -> Iterator[Task]:
     recipe, k = of.recipe, of.recipe.cluster.k
     wanted = recipe.evaluate.references
-    students = 2 + k + len({"pooled_text_dense", "dense_kd"} & set(wanted))  # base and joint student besides
+    students = 2 + bool(of.task_vectors()) + k  # base and joint student
+    students += len({"pooled_text_dense", "dense_kd"} & set(wanted))
     routed = 2 + len({"pooled_text", "centralized"} & set(wanted))  # merged and tuned
     count, members = of.proxies()
     yield _evaluation(of, of.base, base, students)

@@ -26,6 +26,7 @@ PHASES = {
     "write": "devices' models answer and write",
     "transfer": "all that teaches gathered",
     "shift": "what devices learned put on top of the base",
+    "task_vectors": "what was learned in the base's own weights added to it",
     "consult": "teachers asked",
     "joint": "joint student trained",
     "branch": "branches trained",

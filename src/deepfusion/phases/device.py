@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from deepfusion.errors import reading_inputs
 from deepfusion.families import context_length, family
 from deepfusion.objectives import build_objective
 from deepfusion.phases.upload import upload_bytes
+from deepfusion.precision import usable
 from deepfusion.students import PLAIN
 from deepfusion.training import Learner, fit
 
@@ -46,7 +48,9 @@ def train_device(
             model: the fault of what all were given.
         ValueError: the device has no text, or none with a word.
     """
-    dtype, adapts = getattr(torch, config.training.dtype), config.method != "full"
+    adapts, dtype = config.method != "full", cast("Any", getattr(torch, config.training.dtype))
+    if adapts:  # then they are frozen, and not what is saved
+        dtype = usable(config.training.dtype, runtime.accelerator)
     with reading_inputs():
         private = list(read_jsonl(corpus.private(device), Document))
         encode_texts(config.encoder, [device])  # a broken encoder is told before training, and as what it is

@@ -20,6 +20,7 @@ from deepfusion.config import EvaluatePhase, Runtime
 from deepfusion.data.documents import Question, ScoredQuestion, read_jsonl, write_jsonl
 from deepfusion.errors import InputError
 from deepfusion.families import context_length
+from deepfusion.precision import usable
 from deepfusion.progress import Ticker
 from deepfusion.routing import RoutingTally, expert_difference, experts_of, recorded, routers, without_experts
 from deepfusion.scoring import Observer, Piece, Score, score
@@ -62,7 +63,7 @@ def evaluate(
     questions = list(read_jsonl(path, Question))
     if not questions:
         raise InputError(f"{path} holds no question to evaluate on")
-    network: Any = open_model(folder, getattr(torch, config.dtype))
+    network: Any = open_model(folder, usable(config.dtype, runtime.accelerator))
     network.to(runtime.accelerator)
     tokenizer = open_tokenizer(folder)
     table, start = vocabulary_bytes(tokenizer), start_id(tokenizer)

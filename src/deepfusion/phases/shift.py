@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float
 from transformers import PreTrainedModel
 
@@ -26,6 +25,7 @@ from deepfusion.data.documents import TransferDocument, read_jsonl
 from deepfusion.data.hearing import in_own_tokens
 from deepfusion.data.tokens import Tokenizer, chunk_spans, spelt
 from deepfusion.families import context_length
+from deepfusion.precision import usable
 from deepfusion.progress import Ticker
 from deepfusion.signals import Signal, Signals
 from deepfusion.store import link_tree
@@ -56,7 +56,7 @@ def shift(
     Returns:
         The same documents, counts and notices; `work` is that of asking the base alone.
     """
-    model = checkpoints.open_model(base.folder, getattr(torch, config.dtype), runtime.accelerator)
+    model = checkpoints.open_model(base.folder, usable(config.dtype, runtime.accelerator), runtime.accelerator)
     tokenizer = Tokenizer(checkpoints.open_tokenizer(base.folder))
     documents = {document.id: document for document in read_jsonl(transfer.documents, TransferDocument)}
     ticker = Ticker(into, sum(document.writer is not None for document in documents.values()), "documents")

@@ -23,6 +23,7 @@ from deepfusion.data.hearing import keep_tokenizer
 from deepfusion.data.tokens import Tokenizer
 from deepfusion.encoders import PROJECTION_SEED, similarity_to
 from deepfusion.phases.proxy import name_of
+from deepfusion.precision import usable
 from deepfusion.progress import Ticker
 from deepfusion.signals import Signal, Signals
 from deepfusion.store import link_tree
@@ -200,7 +201,7 @@ def divided(document: TransferDocument, answer_after: str | None) -> TransferDoc
 
 
 def _open(folder: Path, config: TransferPhase, runtime: Runtime) -> tuple[PreTrainedModel, Tokenizer]:
-    model = checkpoints.open_model(folder, getattr(torch, config.dtype), runtime.accelerator)
+    model = checkpoints.open_model(folder, usable(config.dtype, runtime.accelerator), runtime.accelerator)
     return model, Tokenizer(checkpoints.open_tokenizer(folder))
 
 
