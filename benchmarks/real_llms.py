@@ -1,15 +1,18 @@
 """The case study on real language models: every system per domain, over seeds, in nats per answer byte.
 
     python benchmarks/real_llms.py [--seeds 0 1 2] [--recipe recipes/real_llms.yaml] [--set key=value …]
-        [--out runs/real_llms] [--workers 2] [--report benchmarks/NAME.md]
+        [--out runs/real_llms] [--keep benchmarks/NAME] [--workers 2] [--report benchmarks/NAME.md]
 
-A seed's run goes on where it was stopped, and is not run again once it is finished. The report is Markdown, on stdout
-too. Values are of test questions of private groups, but for general text, of which there is no other.
+A seed's run goes on where it was stopped, and is not run again once it is finished. With `--keep`, what the report
+needs of a finished seed is kept in that folder, with machine and commit, and a seed that is found there is not run:
+seeds may then come from several machines. The report is Markdown, on stdout too. Values are of test questions of
+private groups, but for general text, of which there is no other.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,17 +34,38 @@ def main() -> None:
     parser.add_argument("--recipe", default="recipes/real_llms.yaml")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--out", type=Path, default=Path("runs/real_llms"))
+    parser.add_argument("--keep", type=Path)
     parser.add_argument("--workers", type=int)
     parser.add_argument("--report", type=Path)
     arguments = parser.parse_args()
-    found = {
-        seed: run(arguments.recipe, seed, arguments.overrides, arguments.out / str(seed), arguments.workers)
-        for seed in arguments.seeds
-    }
+    found: dict[int, Results] = {}
+    for seed in arguments.seeds:
+        kept = arguments.keep / f"seed-{seed}.json" if arguments.keep else None
+        if kept is None or not kept.exists():
+            results = run(arguments.recipe, seed, arguments.overrides, arguments.out / str(seed), arguments.workers)
+            found[seed] = needed(results)
+            if kept is not None:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps(found[seed], indent=1) + "\n", encoding="utf-8")
+        else:
+            found[seed] = json.loads(kept.read_text(encoding="utf-8"))
     text = "\n".join(report(found, sys.argv[1:]))
     print(text)
     if arguments.report:
         arguments.report.write_text(text, encoding="utf-8")
+
+
+def needed(results: Results) -> Results:
+    """Of a run's results what the report is made of, and what they were measured on."""
+    wanted = (*KEY, "item", "value", "count")
+    rows = [
+        {name: row[name] for name in wanted}
+        for row in results["rows"]
+        if row["metric"] in (NATS, CHOICE) and row["subset"] != "all" and row["domain"] != "all"
+    ]
+    phases = [{name: phase[name] for name in ("name", "item", "cpu_seconds", "tokens")} for phase in results["phases"]]
+    facts = {"machine": machine(), "commit": commit(), "versions": results["versions"]}
+    return {**facts, "recipe_digest": results["recipe_digest"], "rows": rows, "phases": phases}
 
 
 def report(found: Mapping[int, Results], given: Sequence[str]) -> Iterator[str]:
@@ -52,10 +76,10 @@ def report(found: Mapping[int, Results], given: Sequence[str]) -> Iterator[str]:
     yield ""
     yield f"    python benchmarks/real_llms.py {' '.join(given)}".rstrip()
     yield ""
-    yield (
-        f"{machine()} Versions: {', '.join(f'{k} {v}' for k, v in first['versions'].items())}. Commit {commit()}. "
-        "Nats per answer byte, on test questions of private groups; mean over seeds, in brackets seed by seed."
-    )
+    for told, seeds in measured_on(found).items():
+        yield f"Seeds {', '.join(map(str, seeds))}: {told}" if len(found) > len(seeds) else told
+        yield ""
+    yield "Nats per answer byte, on test questions of private groups; mean over seeds, in brackets seed by seed."
     yield ""
     private, general = asked(first, "private_only"), asked(first, "public")
     yield "| system | " + " | ".join([f"{d} ({n})" for d, n in (private | general).items()]) + " |"
@@ -103,6 +127,15 @@ def report(found: Mapping[int, Results], given: Sequence[str]) -> Iterator[str]:
     total = mean(sum(phase["cpu_seconds"] for phase in results["phases"]) for results in runs) / 60
     yield f"| all | {total:.0f} |"
     yield ""
+
+
+def measured_on(found: Mapping[int, Results]) -> dict[str, list[int]]:
+    """Machine, versions and commit → the seeds that were measured there."""
+    told: dict[str, list[int]] = {}
+    for seed, results in found.items():
+        versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+        told.setdefault(f"{results['machine']} Versions: {versions}. Commit {results['commit']}.", []).append(seed)
+    return told
 
 
 def asked(results: Results, subset: str, metric: str = NATS) -> dict[str, int]:

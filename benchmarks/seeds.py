@@ -133,12 +133,17 @@ def spread(values: list[float | None]) -> str:
 
 
 def machine() -> str:
-    """Processor and cores."""
+    """Processor, cores, and the instructions that decide how fast they are."""
+    import torch
+
+    from deepfusion.precision import knows_bfloat16
+
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         model = next(line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line)
-    return f"Machine: {os.cpu_count()} cores of {model}, {platform.system()}."
+    knows = f"{torch.backends.cpu.get_cpu_capability()}, {'with' if knows_bfloat16('cpu') else 'without'} bfloat16"
+    return f"Machine: {os.cpu_count()} cores of {model.strip()} ({knows}), {platform.system()}."
 
 
 def commit() -> str:

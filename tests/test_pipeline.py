@@ -421,3 +421,14 @@ def test_what_devices_learned_in_the_base_is_added_to_it(
     assert "task_vectors" not in seen.ran
     assert "joint" in seen.ran
     assert "task_vectors" not in {row["system"] for row in results(without)["rows"]}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_run_says_where_it_computes_in_another_precision(
+    known: bool, again: Callable[..., tuple[Path, Seen]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deepfusion.precision.knows_bfloat16", lambda _: known)
+    out, seen = again("evaluate.dtype=bfloat16", "evaluate.references=[]")
+    told = "this cpu has no instructions for bfloat16: float32 is used for evaluate.dtype"
+    assert any(text.startswith(told) for text in seen.said) is not known
+    assert any(text.startswith(told) for text in results(out)["warnings"]) is not known

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -62,22 +63,22 @@ def run(
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / ".lock")
         with lock.acquire(timeout=0), Engine(Store(out / "steps"), runtime, watch) as engine:
-            _say_precision(recipe, engine)
-            return _publish(_Method(recipe, keyed, engine), out)
+            notices = _precision(recipe, engine.runtime)
+            for notice in notices:
+                engine.watch.message(notice)
+            return _publish(_Method(recipe, keyed, engine, notices), out)
     except Timeout:
         raise InputError(f"{out} is in use by another run: wait for it, or give --out another folder") from None
 
 
-def _say_precision(recipe: Recipe, engine: Engine) -> None:
-    """Say it where the machine computes in another precision than the recipe asks for."""
+def _precision(recipe: Recipe, runtime: Runtime) -> list[str]:
+    """What is to be said where the machine computes in another precision than the recipe asks for."""
     if "bfloat16" not in recipe.model_dump_json():  # to look at the machine takes torch
-        return
+        return []
     from deepfusion.precision import fitted, told
 
-    accelerator = engine.runtime.accelerator
-    _, widened = fitted(recipe, accelerator)
-    if widened:
-        engine.watch.message(told(widened, accelerator))
+    _, widened = fitted(recipe, runtime.accelerator)
+    return [told(widened, runtime.accelerator)] if widened else []
 
 
 def plan(recipe: Recipe, out: str | Path | None = None) -> list[PlannedStep]:
@@ -105,10 +106,14 @@ def _folder(recipe: Recipe, out: str | Path | None) -> Path:
 
 
 class _Method:
-    """The phases of one run, in order. `keyed` is the recipe by which steps are keyed: contents stand for paths."""
+    """The phases of one run, in order.
 
-    def __init__(self, recipe: Recipe, keyed: Recipe, engine: Engine) -> None:
+    `keyed` is the recipe by which steps are keyed: contents stand for paths. `notices` go into the report's warnings.
+    """
+
+    def __init__(self, recipe: Recipe, keyed: Recipe, engine: Engine, notices: Sequence[str] = ()) -> None:
         self.recipe, self.keyed, self.engine, self.seed = recipe, keyed, engine, recipe.seed
+        self.notices = list(notices)
 
     def go(self, gives: type[A], phase: str, item: str | None = None, /, **arguments: Any) -> Future[A]:
         """Submit one step of the table of steps; raises at once what is known already to stop the run."""
@@ -338,7 +343,8 @@ class _Method:
             }
             for d in self.engine.done
         ]
-        return self.go(Report, "report", recipe=self.keyed, **done, unkeyed={"phases": phases}).result()
+        unkeyed = {"phases": phases, "warnings": self.notices}
+        return self.go(Report, "report", recipe=self.keyed, **done, unkeyed=unkeyed).result()
 
 
 def _publish(method: _Method, out: Path) -> Report:

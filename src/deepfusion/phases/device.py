@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -48,9 +47,9 @@ def train_device(
             model: the fault of what all were given.
         ValueError: the device has no text, or none with a word.
     """
-    adapts, dtype = config.method != "full", cast("Any", getattr(torch, config.training.dtype))
-    if adapts:  # then they are frozen, and not what is saved
-        dtype = usable(config.training.dtype, runtime.accelerator)
+    adapts, saved = config.method != "full", getattr(torch, config.training.dtype)
+    # Weights beside an adapter are frozen, and not what is saved.
+    dtype = usable(config.training.dtype, runtime.accelerator) if adapts else saved
     with reading_inputs():
         private = list(read_jsonl(corpus.private(device), Document))
         encode_texts(config.encoder, [device])  # a broken encoder is told before training, and as what it is
@@ -77,7 +76,7 @@ def train_device(
         if sends == "model":
             adapters.merge(ancestor.folder, adapter, config.lora, into=into / "model")
     else:
-        checkpoints.save_model(model.to(dtype), tokenizer.raw, into / "model")
+        checkpoints.save_model(model.to(saved), tokenizer.raw, into / "model")
     texts = [document.text for document in private]
     embedding = embed(config.encoder, texts, config.embedding_bytes, PROJECTION_SEED)
     active = kind.matrix_parameters(model.config)
