@@ -44,6 +44,8 @@ class Pair:
         transfer = TransferSet.load(newest(run, "transfer"))
         own = tokenizer_fingerprint(open_tokenizer(base.folder))
         names = sorted(path.stem for path in transfer.signals.glob("*") if Signals.load(path).tokenizer != own)
+        if not names:
+            raise SystemExit(f"{run}: no device with another tokenizer than the base's has written anything")
         return cls(
             base,
             written_by(transfer, names, out / "transfer"),

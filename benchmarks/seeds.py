@@ -51,7 +51,8 @@ def run(recipe: str, seed: int, overrides: list[str], out: Path, workers: int | 
         command += ["--set", override]
     if workers is not None:
         command += ["--workers", str(workers)]
-    subprocess.run(command, check=True)
+    if failed := subprocess.run(command, check=False).returncode:  # it has said why
+        raise SystemExit(failed)
     return json.loads((out / "results.json").read_text(encoding="utf-8"))
 
 
