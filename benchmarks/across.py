@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -116,7 +117,7 @@ def report(found: dict[str, dict[int, vaa.Outcome]], given: list[str], digits: i
     return [
         "# Teachers with other tokenizers, arm by arm",
         "",
-        f"    python benchmarks/across.py {' '.join(given)}".rstrip(),
+        f"    python benchmarks/across.py {shlex.join(given)}".rstrip(),
         "",
         f"{machine()} Versions: {', '.join(f'{k} {v}' for k, v in versions().items())}. Commit {commit()}. "
         f"Seeds {', '.join(map(str, seeds))}.",

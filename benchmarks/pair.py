@@ -44,6 +44,7 @@ class Pair:
         transfer = TransferSet.load(newest(run, "transfer"))
         own = tokenizer_fingerprint(open_tokenizer(base.folder))
         names = sorted(path.stem for path in transfer.signals.glob("*") if Signals.load(path).tokenizer != own)
+        uploads = "materialise" if (run / "steps" / "materialise").is_dir() else "device"
         if not names:
             raise SystemExit(f"{run}: no device with another tokenizer than the base's has written anything")
         return cls(
@@ -51,7 +52,7 @@ class Pair:
             written_by(transfer, names, out / "transfer"),
             Corpus.load(newest(run, "data")),
             Clusters.load(newest(run, "cluster")),
-            tuple(Upload.load(newest(run, "materialise", f"{name}-*")) for name in names),
+            tuple(Upload.load(newest(run, uploads, f"{name}-*")) for name in names),
         )
 
     def teachings(self, config: DistillPhase, into: Path) -> list[Teaching]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -74,7 +75,7 @@ def report(found: Mapping[int, Results], given: Sequence[str]) -> Iterator[str]:
     first = runs[0]
     yield f"# Real language models, seeds {', '.join(map(str, found))}"
     yield ""
-    yield f"    python benchmarks/real_llms.py {' '.join(given)}".rstrip()
+    yield f"    python benchmarks/real_llms.py {shlex.join(given)}".rstrip()
     yield ""
     for told, seeds in measured_on(found).items():
         yield f"Seeds {', '.join(map(str, seeds))}: {told}" if len(found) > len(seeds) else told

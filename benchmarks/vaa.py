@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -227,7 +228,7 @@ def report(found: Mapping[str, Mapping[int, Outcome]], given: Sequence[str], dig
     seeds = list(next(iter(found.values())))
     yield "# Matching teachers' features, arm by arm"
     yield ""
-    yield f"    python benchmarks/vaa.py {' '.join(given)}".rstrip()
+    yield f"    python benchmarks/vaa.py {shlex.join(given)}".rstrip()
     yield ""
     yield (
         f"{machine()} Versions: {', '.join(f'{k} {v}' for k, v in versions().items())}. Commit {commit()}. "
