@@ -20,6 +20,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from deepfusion import Recipe
+from deepfusion.conclusion import portable
 from deepfusion.labels import SYSTEMS, label
 from seeds import commit, machine, run
 
@@ -39,6 +41,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int)
     parser.add_argument("--report", type=Path)
     arguments = parser.parse_args()
+    recipe = Recipe.load(arguments.recipe, [*arguments.overrides, "seed=0"])
+    asked_for = {"recipe": portable(recipe.model_dump(mode="json"))}
     found: dict[int, Results] = {}
     for seed in arguments.seeds:
         kept = arguments.keep / f"seed-{seed}.json" if arguments.keep else None
@@ -47,16 +51,20 @@ def main() -> None:
             found[seed] = needed(results)
             if kept is not None:
                 kept.parent.mkdir(parents=True, exist_ok=True)
-                kept.write_text(json.dumps(found[seed], indent=1) + "\n", encoding="utf-8")
+                partial = kept.with_suffix(".partial")
+                partial.write_text(json.dumps(found[seed] | asked_for, indent=1) + "\n", encoding="utf-8")
+                partial.replace(kept)
         else:
             found[seed] = json.loads(kept.read_text(encoding="utf-8"))
+            if any(found[seed][key] != value for key, value in asked_for.items()):
+                raise SystemExit(f"{kept} is of another study: give --keep another folder")
     text = "\n".join(report(found, sys.argv[1:]))
     print(text)
     if arguments.report:
         arguments.report.write_text(text, encoding="utf-8")
 
 
-def needed(results: Results) -> Results:
+def needed(results: Results) -> dict[str, Any]:
     """Of a run's results what the report is made of, and what they were measured on."""
     wanted = (*KEY, "item", "value", "count")
     rows = [

@@ -11,7 +11,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deepfusion import adapters, pipeline
+from deepfusion import adapters, pipeline, precision
 from deepfusion.artifacts import MANIFEST, Report, Upload
 from deepfusion.config import LoRA, Runtime
 from deepfusion.errors import InputError
@@ -417,10 +417,27 @@ def test_what_devices_learned_in_the_base_is_added_to_it(
         torch.testing.assert_close(tensor, before[name] + 0.25 * sum(one[name] - before[name] for one in kin))
     systems = [row["system"] for row in results(out)["rows"]]
     assert "task_vectors" in systems
-    without, seen = again(*models, "evaluate.references=[]", "distill.task_vectors=0")
-    assert "task_vectors" not in seen.ran
-    assert "joint" in seen.ran
-    assert "task_vectors" not in {row["system"] for row in results(without)["rows"]}
+    out, seen = again(*models, "evaluate.references=[]", "distill.task_vectors=0", without="branch")
+    assert {"joint", "branch cluster-0"} <= set(seen.ran)
+    assert "task_vectors" not in seen.ran + seen.found + [row["system"] for row in results(out)["rows"]]
+
+
+def test_branches_alone_start_from_what_devices_learned_too(
+    again: Callable[..., tuple[Path, Seen]], done: tuple[Path, Report, Seen]
+) -> None:
+    base = next(done[0].glob("steps/make/base-*"))
+    out, seen = again(
+        f"models.base={{path: {base}}}", f"models.ancestors={{kin: {{path: {base}}}}}", "evaluate.references=[]",
+        "distill.task_vectors=0.5", "distill.shares={joint: 0, branch: 1, tune: 0}",
+    )  # fmt: skip
+    assert {"task_vectors", "branch cluster-0", "evaluate joint_student"} <= set(seen.ran)
+    assert "joint" not in seen.ran
+    value = {
+        (row["system"], *(row[key] for key in ("metric", "subset", "domain"))): row["value"]
+        for row in results(out)["rows"]
+    }
+    for (system, *what), number in value.items():
+        assert system != "joint_student" or value["task_vectors", *what] == number
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -429,6 +446,13 @@ def test_a_run_says_where_it_computes_in_another_precision(
 ) -> None:
     monkeypatch.setattr("deepfusion.precision.knows_bfloat16", lambda _: known)
     out, seen = again("evaluate.dtype=bfloat16", "evaluate.references=[]")
-    told = "this cpu has no instructions for bfloat16: float32 is used for evaluate.dtype"
-    assert any(text.startswith(told) for text in seen.said) is not known
-    assert any(text.startswith(told) for text in results(out)["warnings"]) is not known
+    told = precision.TOLD.format(of="evaluate")
+    assert (told in seen.said) is not known
+    assert (told in results(out)["warnings"]) is not known
+    monkeypatch.setattr("deepfusion.precision.knows_bfloat16", lambda _: not known)  # gone on with on another machine
+    for folder in out.glob("steps/evaluate/merged-*"):
+        shutil.rmtree(folder)
+    seen = Seen()
+    pipeline.run(recipe("evaluate.dtype=bfloat16", "evaluate.references=[]"), out, HERE, seen)
+    assert seen.ran[0] == "evaluate merged"
+    assert any(text.startswith("some systems were evaluated in bfloat16 and some") for text in seen.said)

@@ -5,7 +5,7 @@ import pytest
 
 from deepfusion.artifacts import Clusters, Upload
 from deepfusion.config import Models, Recipe, TransferPhase
-from deepfusion.roles import Teacher, averaged, consulted, starting_points, writers
+from deepfusion.roles import Teacher, averaged, consulted, of_lineage, of_the_base, starting_points, writers
 
 MADE = {"make": {"type": "gpt2"}}
 
@@ -103,3 +103,23 @@ def test_who_is_asked_after_the_fact(
     tree = {"name": "x", "data": {"source": {"kind": "synthetic"}}, "models": models()}
     recipe = Recipe.model_validate(tree | {"distill": distill, "transfer": transfer})
     assert [teacher.name for teacher in consulted(own, proxies, recipe)] == expected
+
+
+def test_the_base_is_told_among_ancestors_by_content() -> None:
+    def asked(base: str, *others: str) -> bool:
+        ancestors = {f"a{n}": {"path": other} for n, other in enumerate(others)} | {"made": MADE}
+        return of_the_base(Models.model_validate({"base": {"path": base}, "ancestors": ancestors}))
+
+    assert asked("models/small", "models/other", "models/small")
+    assert asked("small@sha256:12", "copy@sha256:12")  # as they stand in keys
+    assert not asked("small@sha256:12", "small@sha256:34")
+    assert not asked("models/small", "models/other")
+    assert not of_the_base(models())  # two that are made differ by their seeds
+
+
+def test_proxies_of_one_lineage() -> None:
+    uploads = [upload("d0", "llama", "x"), upload("d1", "gpt2", "y"), upload("d2", "llama", "x")]
+    groups = averaged(uploads, grouped(("d0", "d1"), ("d2",)))
+    proxies = [Teacher(name, cluster, members[0]) for name, cluster, members in groups]
+    assert of_lineage("x", proxies, groups) == [uploads[0], uploads[2]]
+    assert of_lineage("z", proxies, groups) == []

@@ -56,6 +56,7 @@ def conclude(
     Args:
         students: `joint_student`, `merged`, `deepfusion` and the references, by name.
         phases: what each step cost, as the engine saw it.
+        warnings: what else is to be said of the run.
         copies: the MoE of copies of the base that `pooled_text` starts from, if there is one.
         shifted: the transfer set as `shift` made it, if students learned from that.
     """

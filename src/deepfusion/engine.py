@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar, cast
 
-from deepfusion import memory
+from deepfusion import memory, precision
 from deepfusion.artifacts import Artifact
 from deepfusion.config import Runtime
 from deepfusion.errors import InputError, concerns_all
@@ -172,7 +172,13 @@ class Engine:
         if artifact is not None:
             manifest = self.store.manifest(step) or {}
             training = manifest.get("training") and memory.Training(**manifest["training"])
-            facts = Facts(manifest["seconds"], manifest["cpu_seconds"], manifest["peak_bytes"], training)
+            facts = Facts(
+                manifest["seconds"],
+                manifest["cpu_seconds"],
+                manifest["peak_bytes"],
+                training,
+                manifest.get("precision"),
+            )
             self.done.append(Done(step, artifact, facts, cached=True))
             self.watch.finished(step.name, 0.0, cached=True)
             task.future.set_result(artifact)
@@ -229,6 +235,7 @@ class Engine:
             facts = self._run_here(step, into) if worker is None else self._run_in(worker, step, into)
             if training := memory.noted(into):  # the system's own high-water mark may be some pages behind
                 facts = replace(facts, training=training, peak_bytes=max(facts.peak_bytes, training.peak_bytes))
+            facts = replace(facts, precision=precision.noted(into))
             artifact = self.store.finish(step, facts)
         except (ValueError, OSError):
             self.store.discard(step)

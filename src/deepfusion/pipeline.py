@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from deepfusion import roles
+from deepfusion import precision, roles
 from deepfusion.artifacts import (
     Artifact,
     Checkpoint,
@@ -58,27 +57,13 @@ def run(
 
     keyed = by_content(recipe)  # first of all: it finds what is missing
     out = _folder(recipe, out)
-    runtime = runtime or Runtime()
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / ".lock")
-        with lock.acquire(timeout=0), Engine(Store(out / "steps"), runtime, watch) as engine:
-            notices = _precision(recipe, engine.runtime)
-            for notice in notices:
-                engine.watch.message(notice)
-            return _publish(_Method(recipe, keyed, engine, notices), out)
+        with lock.acquire(timeout=0), Engine(Store(out / "steps"), runtime or Runtime(), watch) as engine:
+            return _publish(_Method(recipe, keyed, engine), out)
     except Timeout:
         raise InputError(f"{out} is in use by another run: wait for it, or give --out another folder") from None
-
-
-def _precision(recipe: Recipe, runtime: Runtime) -> list[str]:
-    """What is to be said where the machine computes in another precision than the recipe asks for."""
-    if "bfloat16" not in recipe.model_dump_json():  # to look at the machine takes torch
-        return []
-    from deepfusion.precision import fitted, told
-
-    _, widened = fitted(recipe, runtime.accelerator)
-    return [told(widened, runtime.accelerator)] if widened else []
 
 
 def plan(recipe: Recipe, out: str | Path | None = None) -> list[PlannedStep]:
@@ -88,7 +73,7 @@ def plan(recipe: Recipe, out: str | Path | None = None) -> list[PlannedStep]:
     try:
         _Method(recipe, keyed, planner).report()
     except NotYetRunError:
-        planner.steps += waiting(recipe, {step.phase for step in planner.steps})
+        planner.steps += waiting(keyed, {step.phase for step in planner.steps})
     return planner.steps
 
 
@@ -106,14 +91,10 @@ def _folder(recipe: Recipe, out: str | Path | None) -> Path:
 
 
 class _Method:
-    """The phases of one run, in order.
+    """The phases of one run, in order. `keyed` is the recipe by which steps are keyed: contents stand for paths."""
 
-    `keyed` is the recipe by which steps are keyed: contents stand for paths. `notices` go into the report's warnings.
-    """
-
-    def __init__(self, recipe: Recipe, keyed: Recipe, engine: Engine, notices: Sequence[str] = ()) -> None:
+    def __init__(self, recipe: Recipe, keyed: Recipe, engine: Engine) -> None:
         self.recipe, self.keyed, self.engine, self.seed = recipe, keyed, engine, recipe.seed
-        self.notices = list(notices)
 
     def go(self, gives: type[A], phase: str, item: str | None = None, /, **arguments: Any) -> Future[A]:
         """Submit one step of the table of steps; raises at once what is known already to stop the run."""
@@ -204,12 +185,8 @@ class _Method:
 
         # Phase II: one student learns from everyone; copies of it go on, each in its own domain.
         start = base
-        kin = [
-            proxy.model
-            for proxy, (_, _, uploads) in zip(proxies, groups, strict=True)
-            if uploads[0].lineage == base.result().lineage
-        ]
-        if recipe.distill.task_vectors and kin:
+        kin = roles.of_lineage(base.result().lineage, proxies, groups) if recipe.distill.task_vectors else []
+        if kin:
             start = self.go(
                 Checkpoint, "task_vectors", base=base, proxies=kin, scale=recipe.distill.task_vectors, priority=FIRST
             )  # fmt: skip
@@ -257,7 +234,7 @@ class _Method:
             ("base", None, base),
             *(("device", upload.device, upload) for upload in accepted),
             *(("proxy", proxy.name, proxy.model) for proxy in proxies),
-            *([("task_vectors", None, start)] if start is not base else []),
+            *([("task_vectors", None, start)] if kin else []),
             ("joint_student", None, joint),
             *(("branch", f"cluster-{cluster}", branch) for cluster, branch in enumerate(branches)),
             ("merged", None, merged),
@@ -327,7 +304,8 @@ class _Method:
             future.result()
         done: dict[str, Any] = resolved(found)
         warned = [w for part in (done["clusters"], *done["proxies"]) for w in part.warnings]
-        for notice in (*done["transfer"].notices, *warned):
+        of_precision = precision.notices([(d.step.phase, d.facts.precision) for d in self.engine.done])
+        for notice in (*of_precision, *done["transfer"].notices, *warned):
             self.engine.watch.message(notice)
         phases = [
             {
@@ -343,7 +321,7 @@ class _Method:
             }
             for d in self.engine.done
         ]
-        unkeyed = {"phases": phases, "warnings": self.notices}
+        unkeyed = {"phases": phases, "warnings": of_precision}
         return self.go(Report, "report", recipe=self.keyed, **done, unkeyed=unkeyed).result()
 
 

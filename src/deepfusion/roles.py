@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from deepfusion.artifacts import Clusters, Proxy, Upload
-from deepfusion.config import Models, Recipe, TransferPhase, VAAObjective
+from deepfusion.config import Models, ModelSource, Recipe, TransferPhase, VAAObjective
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,22 @@ def starting_points(devices: Sequence[str], models: Models, seed: int) -> dict[s
 
 
 def of_the_base(models: Models) -> bool:
-    """Whether some devices start from the very checkpoint that is the base, as far as the recipe tells."""
-    return models.base.path is not None and models.base in models.ancestors.values()
+    """Whether some ancestor is the very checkpoint that is the base: by content, if contents stand for paths."""
+
+    def content(source: ModelSource) -> str | None:
+        return source.path and source.path.rpartition("@")[2]
+
+    base = content(models.base)
+    return base is not None and base in map(content, models.ancestors.values())
+
+
+def of_lineage(
+    lineage: str, proxies: Sequence[Teacher], groups: Sequence[tuple[str, int, list[Upload]]]
+) -> list[Upload | Future[Proxy]]:
+    """The models of those proxies whose members, listed in `groups`, are of one lineage."""
+    return [
+        proxy.model for proxy, (_, _, members) in zip(proxies, groups, strict=True) if members[0].lineage == lineage
+    ]
 
 
 def by_lineage(uploads: Sequence[Upload], clusters: Clusters) -> list[tuple[int, str, list[Upload]]]:

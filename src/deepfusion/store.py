@@ -31,6 +31,7 @@ class Facts:
     cpu_seconds: float
     peak_bytes: int
     training: Training | None = None  # memory of a device's training
+    precision: str | None = None  # what it computed in that was to be in bfloat16
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ class Store:
             "cpu_seconds": round(facts.cpu_seconds, 3),
             "peak_bytes": facts.peak_bytes,
             "training": facts.training and asdict(facts.training),
+            "precision": facts.precision,
         }
         temporary = partial / (MANIFEST + ".tmp")
         temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")

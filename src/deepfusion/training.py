@@ -226,7 +226,7 @@ def fit(
         disable_tqdm=True,
         report_to="none",
         use_cpu=runtime.accelerator == "cpu",
-        bf16=usable(training.compute, runtime.accelerator) == torch.bfloat16,
+        bf16=usable(training.compute, runtime.accelerator, into) == torch.bfloat16,
         seed=seed,
         log_level="error",
     )

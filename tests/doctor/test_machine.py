@@ -62,3 +62,11 @@ def test_the_disk_must_hold_what_is_kept_and_what_is_saved_on_the_way() -> None:
         "problem",
         "600 B, and up to 500 B more while models are trained, and 1 kB are free",
     )
+
+
+def test_what_is_done_without_bfloat16_is_said() -> None:
+    fact, warning = machine.without_bfloat16(["transfer.dtype", "evaluate.dtype"], ["tune.training.dtype"], Runtime())
+    assert (fact.state, warning.state) == ("ok", "warning")
+    assert "float32 is used for transfer.dtype and evaluate.dtype" in fact.fact
+    assert warning.advice == "set tune.training.dtype=float32"
+    assert list(machine.without_bfloat16([], [], Runtime())) == []

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from deepfusion.artifacts import Checkpoint, Proxy
 from deepfusion.checkpoints import as_checkpoint, open_model
@@ -76,8 +77,22 @@ def test_small_changes_to_a_coarse_base_are_kept(tmp_path: Path) -> None:
     save_file(learned, one.model / WEIGHTS, metadata={"format": "pt"})
     summed = add_task_vectors(base, [one], 0.5, into=folder(tmp_path / "made"))
     assert {dtype for dtype, _ in shapes(summed.folder).values()} == {torch.float32}
+    assert AutoModelForCausalLM.from_pretrained(summed.folder, dtype="auto").dtype == torch.float32
     for name, tensor in load_file(summed.folder / WEIGHTS).items():
         torch.testing.assert_close(tensor, before[name].float() + 5e-6, rtol=0, atol=1e-6)
+
+
+def test_a_base_from_elsewhere_has_its_own_names(tmp_path: Path) -> None:
+    """Rotary tables of old, and no prefix: what is trained from it is saved without the ones and with the other."""
+    base = pico_checkpoint("llama", tmp_path / "base")
+    one = proxy(base, tmp_path / "p", 1)
+    usual = add_task_vectors(base, [one], 0.5, into=folder(tmp_path / "usual"))
+    held = load_file(base.folder / WEIGHTS)
+    elsewhere = {name.removeprefix("model."): tensor for name, tensor in held.items()}
+    elsewhere["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(elsewhere, base.folder / WEIGHTS, metadata={"format": "pt"})
+    made = add_task_vectors(base, [one], 0.5, into=folder(tmp_path / "made"))
+    assert contents(made.folder) == contents(usual.folder)
 
 
 def test_of_another_lineage(tmp_path: Path) -> None:

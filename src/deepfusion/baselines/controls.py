@@ -1,7 +1,7 @@
 """What every result stands beside: plain training on the same text at equal server compute, and training on everything.
 
 `pooled_text`: a MoE of copies of the base, plain cross-entropy on exactly the transfer text. `pooled_text_dense`: the
-dense base, the same. `dense_kd`: the dense base under the joint stage's objective, with all of the budget.
+dense base, the same. `dense_kd`: what the joint student starts from under its objective, with all of the budget.
 `centralized`: the MoE on all private text, which no federation could do, until held-out text no longer improves.
 """
 

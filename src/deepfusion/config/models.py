@@ -46,7 +46,8 @@ class Training(Section):
     answer_weight: float = Field(default=1.0, ge=0)
     """Weight of an answer's tokens in the cross-entropy; every other token weighs 1."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the trained weights."""
+    """Precision of the trained weights; of an adapter's model, that of the frozen ones (float32 where the machine has
+    no instructions for bfloat16)."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """Precision of matrix products: bfloat16 leaves float32 weights as they are (autocast) and is several times faster
     on processors and accelerators that have instructions for it; where there are none, float32 is used."""

@@ -380,4 +380,4 @@ class EvaluatePhase(Section):
     batch_tokens: int = Field(default=8192, ge=64)
     """Tokens scored at a time."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision in which every system is evaluated."""
+    """Precision in which every system is evaluated; where the machine has no instructions for bfloat16, float32."""

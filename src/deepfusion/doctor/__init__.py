@@ -41,11 +41,13 @@ def examine(recipe: Recipe, out: Path, runtime: Runtime, *, timed: bool = True) 
         timed: measure for some seconds how long this machine takes, with models of the run's shapes.
     """
     here = machine.look(out, runtime)
-    written, (recipe, widened) = recipe, precision.fitted(recipe, runtime.accelerator)
+    written, widened, slow = recipe, list[str](), list[str]()
+    if machine.available(runtime):
+        recipe, widened, slow = precision.fitted(recipe, runtime.accelerator)
     with TemporaryDirectory() as scratch:
         found, tasks = _inputs(recipe, Path(scratch))
     found += machine.checks(here, runtime)
-    found += machine.widened(widened, runtime)
+    found += machine.without_bfloat16(widened, slow, runtime)
     rates: Rates | None = None
     if tasks:
         rates = timing.measure(tasks, recipe, runtime) if timed and machine.available(runtime) else None

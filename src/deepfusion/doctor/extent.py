@@ -58,12 +58,11 @@ class Extent:
         device = self.recipe.device
         return device.training.dtype if device.method == "full" else "float32"
 
-    def task_vectors(self) -> str | None:
-        """Precision of the base with what devices have learned in its own weights; none: no device starts from it."""
-        if not self.recipe.distill.task_vectors:
-            return None
+    @property
+    def task_vectors(self) -> bool:
+        """Whether students start from the base with what devices have learned in its own weights."""
         kin = any(start.lineage == self.base.lineage for start in self.by_device().values())
-        return self.sent if kin else None
+        return kin and self.recipe.distill.task_vectors > 0
 
     def proxies(self) -> tuple[int, float]:
         """How many there are, and how many members each has."""

@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from deepfusion import precision
 from deepfusion.config import Runtime
 from deepfusion.display import size
 from deepfusion.doctor.diagnosis import Check, Machine
+from deepfusion.labels import joined
 
 CGROUP = Path("/sys/fs/cgroup")  # what a container may have, where there is one
 MAIN = 250e6  # bytes of the process that the run is started by
@@ -70,10 +70,17 @@ def checks(machine: Machine, runtime: Runtime) -> Iterator[Check]:
         )  # fmt: skip
 
 
-def widened(keys: Sequence[str], runtime: Runtime) -> Iterator[Check]:
-    """What is computed in float32 because there is no bfloat16."""
-    if keys:
-        yield Check("machine", "bfloat16", "ok", precision.told(keys, runtime.accelerator))
+def without_bfloat16(widened: Sequence[str], slow: Sequence[str], runtime: Runtime) -> Iterator[Check]:
+    """What is computed in float32 for want of bfloat16, and what is not and takes all the longer."""
+    lacks = f"this {runtime.accelerator} has no instructions for bfloat16"
+    if widened:
+        fact = f"{lacks}: float32 is used for {joined(list(widened))}, which is faster here and takes more memory"
+        yield Check("machine", "bfloat16", "ok", fact)
+    for key in slow:
+        yield Check(
+            "machine", key, "warning", f"{lacks}, and what is saved in it is trained in it: several times slower",
+            f"set {key}=float32",
+        )  # fmt: skip
 
 
 def memory(peaks: Sequence[float], machine: Machine, runtime: Runtime) -> Check:

@@ -13,6 +13,7 @@ from deepfusion.config import Training, VAAObjective
 from deepfusion.doctor.extent import Extent
 from deepfusion.doctor.models import Start, trained
 from deepfusion.doctor.shapes import Shape
+from deepfusion.weights import shapes
 
 SIGNAL, SIGNAL_TOKEN = 6, 14  # bytes on disk of a kept alternative, and of a token beside them
 Kind = Literal["train", "write", "read", "files"]
@@ -115,8 +116,10 @@ def _transfer(of: Extent) -> Iterator[Task]:
             "shift", 1, "read", shape, tokens, forward=tokens * shape.active, batch=64 * transfer.max_new_tokens,
             taught=tokens, kept=transfer.top_k, disk=_signals(of, tokens), dtype=transfer.dtype,
         )  # fmt: skip
-    if vectors := of.task_vectors():
-        yield Task("task_vectors", 1, shape=of.base.shape, disk=of.base.shape.parameters * size_of(vectors))
+    if of.task_vectors:
+        held = shapes(of.base.folder).values() if of.base.folder else []
+        widest = max([size_of(of.sent), *(dtype.itemsize for dtype, _ in held)])
+        yield Task("task_vectors", 1, shape=of.base.shape, disk=of.base.shape.parameters * widest)
     yield from _consulted(of, largest)
 
 
@@ -192,7 +195,7 @@ def _beside(of: Extent) -> Iterator[Task]:
 def _evaluations(of: Extent, base: Shape, moe: Shape) -> Iterator[Task]:
     recipe, k = of.recipe, of.recipe.cluster.k
     wanted = recipe.evaluate.references
-    students = 2 + bool(of.task_vectors()) + k  # base and joint student
+    students = 2 + of.task_vectors + k  # base and joint student
     students += len({"pooled_text_dense", "dense_kd"} & set(wanted))
     routed = 2 + len({"pooled_text", "centralized"} & set(wanted))  # merged and tuned
     count, members = of.proxies()

@@ -49,7 +49,7 @@ def train_device(
     """
     adapts, saved = config.method != "full", getattr(torch, config.training.dtype)
     # Weights beside an adapter are frozen, and not what is saved.
-    dtype = usable(config.training.dtype, runtime.accelerator) if adapts else saved
+    dtype = usable(config.training.dtype, runtime.accelerator, into) if adapts else saved
     with reading_inputs():
         private = list(read_jsonl(corpus.private(device), Document))
         encode_texts(config.encoder, [device])  # a broken encoder is told before training, and as what it is

@@ -63,7 +63,7 @@ def evaluate(
     questions = list(read_jsonl(path, Question))
     if not questions:
         raise InputError(f"{path} holds no question to evaluate on")
-    network: Any = open_model(folder, usable(config.dtype, runtime.accelerator))
+    network: Any = open_model(folder, usable(config.dtype, runtime.accelerator, into))
     network.to(runtime.accelerator)
     tokenizer = open_tokenizer(folder)
     table, start = vocabulary_bytes(tokenizer), start_id(tokenizer)

@@ -56,7 +56,7 @@ def shift(
     Returns:
         The same documents, counts and notices; `work` is that of asking the base alone.
     """
-    model = checkpoints.open_model(base.folder, usable(config.dtype, runtime.accelerator), runtime.accelerator)
+    model = checkpoints.open_model(base.folder, usable(config.dtype, runtime.accelerator, into), runtime.accelerator)
     tokenizer = Tokenizer(checkpoints.open_tokenizer(base.folder))
     documents = {document.id: document for document in read_jsonl(transfer.documents, TransferDocument)}
     ticker = Ticker(into, sum(document.writer is not None for document in documents.values()), "documents")

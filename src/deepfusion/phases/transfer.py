@@ -76,9 +76,9 @@ def write_cluster(
     the server's work does not grow with the number of devices. Each model is loaded once at a time. `keep_before` keeps
     what the writers' ancestors think of what was written beside what the writers think, as `shift` needs it.
     """
-    writers = [Writer.of(model, {}) for model in models]
+    writers, dtype = [Writer.of(model, {}) for model in models], usable(config.dtype, runtime.accelerator, into)
     questions = _questions_of(cluster, clusters, corpus, encoder) if "answered" in config.kinds else []
-    to_answer, scoring = _who_answers(writers, ancestors, questions, config, runtime)
+    to_answer, scoring = _who_answers(writers, ancestors, questions, config, dtype, runtime)
     wanted = config.sampled_per_cluster if "sampled" in config.kinds else 0
     share = _shares([writer.tokens for writer in writers], wanted)
     ticker = Ticker(into, sum(share) + sum(map(len, to_answer)), "documents")
@@ -88,7 +88,7 @@ def write_cluster(
     by_writer: dict[str, int] = {}
     work = scoring
     for number, writer in enumerate(writers):
-        model, tokenizer = _open(writer.folder, config, runtime)
+        model, tokenizer = _open(writer.folder, dtype, runtime)
         generator = torch.Generator(device=model.device).manual_seed(1_000_003 * seed + 1009 * cluster + number)
         signals: dict[str, Signal] = {}
         jobs = [("answered", question) for question in to_answer[number]] + [("sampled", None)] * share[number]
@@ -120,7 +120,7 @@ def write_cluster(
                     signals[document.id] = one.signal
                 ticker.advance(len(batch))
         if signals:
-            ancestor, _ = _open(ancestors[writer.lineage].folder, config, runtime)
+            ancestor, _ = _open(ancestors[writer.lineage].folder, dtype, runtime)
             signals = with_gain(signals, ancestor, tokenizer, keep_before=keep_before)
             tokens = sum(len(signal.ids) for signal in signals.values())
             work += Work(tokens=tokens, forward=float(tokens * writer.active_parameters))
@@ -200,8 +200,8 @@ def divided(document: TransferDocument, answer_after: str | None) -> TransferDoc
     return document.model_copy(update={"prompt": before + mark, "answer": answer}) if answer else document
 
 
-def _open(folder: Path, config: TransferPhase, runtime: Runtime) -> tuple[PreTrainedModel, Tokenizer]:
-    model = checkpoints.open_model(folder, usable(config.dtype, runtime.accelerator), runtime.accelerator)
+def _open(folder: Path, dtype: torch.dtype, runtime: Runtime) -> tuple[PreTrainedModel, Tokenizer]:
+    model = checkpoints.open_model(folder, dtype, runtime.accelerator)
     return model, Tokenizer(checkpoints.open_tokenizer(folder))
 
 
@@ -218,6 +218,7 @@ def _who_answers(
     ancestors: Mapping[str, Checkpoint],
     questions: Sequence[Document],
     config: TransferPhase,
+    dtype: torch.dtype,
     runtime: Runtime,
 ) -> tuple[list[list[Document]], Work]:
     """Per writer the questions it answers, and the work of finding out."""
@@ -228,10 +229,10 @@ def _who_answers(
     gain = np.zeros((len(writers), len(questions)))
     work = Work()
     for number, writer in enumerate(writers):
-        model, tokenizer = _open(writer.folder, config, runtime)
+        model, tokenizer = _open(writer.folder, dtype, runtime)
         passes = 1 if writer.lineage in before else 2  # an ancestor is asked once
         if writer.lineage not in before:
-            ancestor, _ = _open(ancestors[writer.lineage].folder, config, runtime)
+            ancestor, _ = _open(ancestors[writer.lineage].folder, dtype, runtime)
             before[writer.lineage] = prompt_nats(ancestor, tokenizer, prompts)
         gain[number] = before[writer.lineage] - prompt_nats(model, tokenizer, prompts)
         tokens = passes * sum(len(tokenizer.encode(prompt)[0]) + 1 for prompt in prompts)
