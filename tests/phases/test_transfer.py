@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -151,7 +152,7 @@ def test_finding_out_who_is_at_home_is_charged_as_it_is_done(world: World) -> No
     once = sum(1 + len(tokenizer.encode(question.prompt)[0]) for question in questions)
     writers = [Writer.of(upload, {}) for upload in world.uploads]
     for count in (1, 2):
-        _, work = _who_answers(writers[:count], world.ancestors, questions, CONFIG, HERE)
+        _, work = _who_answers(writers[:count], world.ancestors, questions, CONFIG, torch.float32, HERE)
         assert work.tokens == (1 + count) * once
         assert work.token_parameters == work.tokens * world.ancestor.active_parameters
 

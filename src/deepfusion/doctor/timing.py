@@ -21,7 +21,7 @@ from deepfusion.doctor.work import Task
 from deepfusion.families import context_length, family
 from deepfusion.objectives import build_objective
 from deepfusion.training import Learner
-from deepfusion.worker import keep_freed_memory, settle
+from deepfusion.worker import settle
 from deepfusion.writing import drawn
 
 SECONDS = 0.25  # that one kind of step is measured for, if it takes no longer by itself
@@ -71,7 +71,6 @@ def measure(tasks: Sequence[Task], recipe: Recipe, runtime: Runtime) -> Rates:
         InputError: there is no such accelerator.
     """
     settle(runtime)
-    keep_freed_memory()  # as steps do; without it a quarter of the time of a training step is measured for nothing
     of: dict[tuple[object, ...], float] = {}
     for task in tasks:
         if task.shape is None or not task.tokens:
