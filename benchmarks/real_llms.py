@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path)
     arguments = parser.parse_args()
     recipe = Recipe.load(arguments.recipe, [*arguments.overrides, "seed=0"])
-    asked_for = {"recipe": portable(recipe.model_dump(mode="json"))}
+    asked_for = portable(recipe.model_dump(mode="json"))
     found: dict[int, Results] = {}
     for seed in arguments.seeds:
         kept = arguments.keep / f"seed-{seed}.json" if arguments.keep else None
@@ -52,11 +52,11 @@ def main() -> None:
             if kept is not None:
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 partial = kept.with_suffix(".partial")
-                partial.write_text(json.dumps(found[seed] | asked_for, indent=1) + "\n", encoding="utf-8")
+                partial.write_text(json.dumps(found[seed] | {"recipe": asked_for}, indent=1) + "\n", encoding="utf-8")
                 partial.replace(kept)
         else:
             found[seed] = json.loads(kept.read_text(encoding="utf-8"))
-            if any(found[seed][key] != value for key, value in asked_for.items()):
+            if found[seed]["recipe"] != asked_for:
                 raise SystemExit(f"{kept} is of another study: give --keep another folder")
     text = "\n".join(report(found, sys.argv[1:]))
     print(text)
@@ -74,7 +74,7 @@ def needed(results: Results) -> dict[str, Any]:
     ]
     phases = [{name: phase[name] for name in ("name", "item", "cpu_seconds", "tokens")} for phase in results["phases"]]
     facts = {"machine": machine(), "commit": commit(), "versions": results["versions"]}
-    return {**facts, "recipe_digest": results["recipe_digest"], "rows": rows, "phases": phases}
+    return {**facts, "rows": rows, "phases": phases}
 
 
 def report(found: Mapping[int, Results], given: Sequence[str]) -> Iterator[str]:

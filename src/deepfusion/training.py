@@ -195,6 +195,8 @@ def fit(
     steps = len(schedule)
     logged = max(1, steps // 50)
     every = max(1, steps // evaluations // logged) * logged
+    # Products of weights that are saved in bfloat16 are in it whatever is asked for: of them there is nothing to note.
+    noted_in = into if training.dtype == "float32" else None
     bookkeeper = _Bookkeeper(into, schedule, runtime.checkpoint_seconds)
     arguments = TrainingArguments(
         output_dir=str(scratch),
@@ -226,7 +228,7 @@ def fit(
         disable_tqdm=True,
         report_to="none",
         use_cpu=runtime.accelerator == "cpu",
-        bf16=usable(training.compute, runtime.accelerator, into) == torch.bfloat16,
+        bf16=usable(training.compute, runtime.accelerator, noted_in) == torch.bfloat16,
         seed=seed,
         log_level="error",
     )

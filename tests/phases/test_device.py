@@ -146,6 +146,27 @@ def test_weights_beside_an_adapter_are_as_the_processor_likes_them(
     assert opened == [torch.bfloat16 if known else torch.float32, torch.bfloat16]
 
 
+@pytest.mark.usefixtures("without_bfloat16")
+@pytest.mark.parametrize(
+    ("method", "dtype", "note"),
+    [("full", "bfloat16", None), ("full", "float32", "float32"), ("lora", "bfloat16", "float32")],
+)
+def test_word_is_left_of_what_is_computed_otherwise(
+    method: str, dtype: str, note: str | None, text: Corpus, tmp_path: Path
+) -> None:
+    """Weights that are saved in bfloat16 are trained in it, slow as that may be."""
+    training = FAST.model_copy(update={"dtype": dtype, "compute": "bfloat16"})
+    config = CONFIG.model_copy(update={"training": training, "epochs": 1, "method": method})
+    train(text, checkpoint("llama", tmp_path / "llama"), tmp_path / "device", config)
+    assert precision.noted(tmp_path / "device") == note
+
+
+@pytest.fixture
+def without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that has none."""
+    monkeypatch.setattr(precision, "knows_bfloat16", lambda _: False)
+
+
 # ── adapters ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
