@@ -34,10 +34,13 @@ def test_adapters_are_made_whole() -> None:
 
 def test_devices_that_start_from_the_base_have_task_vectors() -> None:
     with_them = counts("distill.task_vectors=0.5", recipe="real_llms")
-    without = counts("distill.task_vectors=0", recipe="real_llms")
+    without = counts("distill.task_vectors=0", "distill.own_task_vectors=false", recipe="real_llms")
     assert (with_them["task_vectors"], with_them["evaluate"]) == (1, without["evaluate"] + 1)
-    assert list(with_them) == [phase for phase in STEPS if phase in with_them]
-    assert "task_vectors" not in without
+    own = counts("distill.own_task_vectors=true", recipe="real_llms")
+    assert own["own_vector"] == 2
+    assert list(own) == [phase for phase in STEPS if phase in own]
+    assert "own_vector" not in counts("distill.own_task_vectors=false", recipe="real_llms")
+    assert not {"task_vectors", "own_vector"} & set(without)
     assert "task_vectors" not in counts("distill.task_vectors=0.5")  # of made models none is the base
 
 

@@ -99,7 +99,7 @@ def test_results_follow_their_schema(done: tuple[Path, Report, Seen]) -> None:
     assert found["memory"]["server_peak_bytes"] > 0
     for step in found["phases"]:
         assert {"name", "item", "seconds", "cpu_seconds", "cached", "tokens", "flops"} <= set(step)
-    unwanted = {"take", "materialise", "shift", "task_vectors", "consult", "report"}
+    unwanted = {"take", "materialise", "shift", "task_vectors", "own_vector", "consult", "report"}
     assert {step["name"] for step in found["phases"]} == set(pipeline.STEPS) - unwanted
 
 
@@ -417,6 +417,8 @@ def test_what_devices_learned_in_the_base_is_added_to_it(
         torch.testing.assert_close(tensor, before[name] + 0.25 * sum(one[name] - before[name] for one in kin))
     systems = [row["system"] for row in results(out)["rows"]]
     assert "task_vectors" in systems
+    _, seen = again(*models, "evaluate.references=[]", "distill.task_vectors=0.25", "distill.own_task_vectors=true")
+    assert {"own_vector cluster-0", "own_vector cluster-1"} <= set(seen.ran)
     out, seen = again(*models, "evaluate.references=[]", "distill.task_vectors=0", without="branch")
     assert {"joint", "branch cluster-0"} <= set(seen.ran)
     assert "task_vectors" not in seen.ran + seen.found + [row["system"] for row in results(out)["rows"]]

@@ -121,5 +121,5 @@ def test_proxies_of_one_lineage() -> None:
     uploads = [upload("d0", "llama", "x"), upload("d1", "gpt2", "y"), upload("d2", "llama", "x")]
     groups = averaged(uploads, grouped(("d0", "d1"), ("d2",)))
     proxies = [Teacher(name, cluster, members[0]) for name, cluster, members in groups]
-    assert of_lineage("x", proxies, groups) == [uploads[0], uploads[2]]
+    assert of_lineage("x", proxies, groups) == [proxies[0], proxies[2]]
     assert of_lineage("z", proxies, groups) == []

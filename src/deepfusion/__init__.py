@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from deepfusion.phases.evaluate import evaluate
     from deepfusion.phases.proxy import average
     from deepfusion.phases.shift import shift
-    from deepfusion.phases.task_vectors import add_task_vectors
+    from deepfusion.phases.task_vectors import add_task_vectors, own_task_vector
     from deepfusion.phases.transfer import gather, write_cluster
     from deepfusion.phases.tune import tune
     from deepfusion.phases.upload import materialise, receive
@@ -46,6 +46,7 @@ __all__ = [
     "make",
     "materialise",
     "merge",
+    "own_task_vector",
     "plan",
     "receive",
     "run",
@@ -60,6 +61,7 @@ __version__ = "0.1.0"
 # Loaded when asked for: they need torch, and a run whose steps are all done needs none.
 _PHASES = {
     "add_task_vectors": "phases.task_vectors",
+    "own_task_vector": "phases.task_vectors",
     "average": "phases.proxy",
     "build_corpus": "phases.data",
     "cluster": "phases.cluster",

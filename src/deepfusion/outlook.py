@@ -43,6 +43,8 @@ def _phases(recipe: Recipe) -> Iterator[tuple[str, int, str]]:
         asked, of = (devices, "for each device") if own else (k, "for each proxy")
         yield "consult", asked, _several(asked, of, at_least=given or not own)
     yield "joint", int(shares.joint > 0), one
+    most = min(k, devices) * vectors * recipe.distill.own_task_vectors
+    yield "own_vector", most, f"at most {most} steps, one for each cluster with devices that start from the base"
     yield "branch", k * (shares.branch > 0), _several(k, "for each cluster")
     yield "assemble", 1, one
     yield "tune", int(shares.tune > 0), one

@@ -185,7 +185,8 @@ class _Method:
 
         # Phase II: one student learns from everyone; copies of it go on, each in its own domain.
         start = base
-        kin = roles.of_lineage(base.result().lineage, proxies, groups) if recipe.distill.task_vectors else []
+        related = roles.of_lineage(base.result().lineage, proxies, groups) if recipe.distill.task_vectors else []
+        kin, at_home = [proxy.model for proxy in related], {proxy.cluster for proxy in related}
         if kin:
             start = self.go(
                 Checkpoint, "task_vectors", base=base, proxies=kin, scale=recipe.distill.task_vectors, priority=FIRST
@@ -207,14 +208,24 @@ class _Method:
                 budget=shares.joint * budget, seed=seed, priority=FIRST, **paid,
             )  # fmt: skip
         branches = [joint] * k
+        if recipe.distill.own_task_vectors:
+            branches = [
+                self.go(
+                    Checkpoint, "own_vector", f"cluster-{cluster}", student=joint, base=base, proxies=kin,
+                    cluster=cluster, scale=recipe.distill.task_vectors, priority=FIRST,
+                )
+                if cluster in at_home
+                else joint
+                for cluster in range(k)
+            ]  # fmt: skip
         if shares.branch:
             branches = [
                 self.go(
-                    Checkpoint, "branch", f"cluster-{cluster}", student=joint, transfer=lessons, teachings=teachings,
+                    Checkpoint, "branch", f"cluster-{cluster}", student=student, transfer=lessons, teachings=teachings,
                     config=recipe.distill, budget=shares.branch * budget / k, cluster=cluster, seed=seed + cluster,
                     priority=FIRST,
                 )
-                for cluster in range(k)
+                for cluster, student in enumerate(branches)
             ]  # fmt: skip
 
         # Phase III: the copies' FFNs become experts of one MoE, which is tuned.

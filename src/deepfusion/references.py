@@ -27,7 +27,8 @@ def references(
     students are taught it, shifted or not; `budget` is in token-parameters.
     """
     seed, wanted = recipe.seed, dict.fromkeys(recipe.evaluate.references)
-    common = {"transfer": transfer, "teachings": teachings, "config": recipe.distill, "seed": seed}
+    common = {"transfer": transfer, "teachings": teachings, "seed": seed}
+    training = recipe.distill.training  # no more of it: another objective leaves plain training as it was
     copies: Future[Checkpoint] | None = None
     if {"pooled_text", "centralized"} & wanted.keys():
         copies = go(
@@ -38,17 +39,19 @@ def references(
     for name in wanted:
         if name == "centralized":
             result[name] = go(
-                Checkpoint, name, moe=copies, corpus=corpus, distilling=recipe.distill, config=recipe.evaluate,
+                Checkpoint, name, moe=copies, corpus=corpus, training=training, config=recipe.evaluate,
                 balance=recipe.tune.balance, seed=seed, priority=LAST - 1,
             )  # fmt: skip
         elif name == "dense_kd":
             paid = {} if lessons is transfer else {"paid": [lessons]}
             result[name] = go(
-                Checkpoint, name, base=start, budget=budget, priority=LAST, **(common | {"transfer": lessons}), **paid
-            )
+                Checkpoint, name, base=start, config=recipe.distill, budget=budget, priority=LAST,
+                **(common | {"transfer": lessons}), **paid,
+            )  # fmt: skip
         else:
             result[name] = go(
-                Checkpoint, name, model=copies if name == "pooled_text" else base, budget=budget,
-                balance=recipe.tune.balance if name == "pooled_text" else 0.0, priority=LAST, **common,
+                Checkpoint, name, model=copies if name == "pooled_text" else base, training=training,
+                budget=budget, balance=recipe.tune.balance if name == "pooled_text" else 0.0, priority=LAST,
+                **common,
             )  # fmt: skip
     return result, copies

@@ -43,11 +43,9 @@ def of_the_base(models: Models) -> bool:
 
 def of_lineage(
     lineage: str, proxies: Sequence[Teacher], groups: Sequence[tuple[str, int, list[Upload]]]
-) -> list[Upload | Future[Proxy]]:
-    """The models of those proxies whose members, listed in `groups`, are of one lineage."""
-    return [
-        proxy.model for proxy, (_, _, members) in zip(proxies, groups, strict=True) if members[0].lineage == lineage
-    ]
+) -> list[Teacher]:
+    """Those proxies whose members, listed in `groups`, are of one lineage."""
+    return [proxy for proxy, (_, _, members) in zip(proxies, groups, strict=True) if members[0].lineage == lineage]
 
 
 def by_lineage(uploads: Sequence[Upload], clusters: Clusters) -> list[tuple[int, str, list[Upload]]]:

@@ -35,6 +35,7 @@ STEPS: dict[str, tuple[str, type[Artifact], int]] = {
     "task_vectors": ("deepfusion.phases.task_vectors:add_task_vectors", Checkpoint, 1),
     "consult": ("deepfusion.phases.distill:consult", Teaching, 3),
     "joint": ("deepfusion.phases.distill:distill", Checkpoint, 3),
+    "own_vector": ("deepfusion.phases.task_vectors:own_task_vector", Checkpoint, 1),
     "branch": ("deepfusion.phases.distill:distill", Checkpoint, 3),
     "assemble": ("deepfusion.phases.assemble:merge", Checkpoint, 1),
     "tune": ("deepfusion.phases.tune:tune", Checkpoint, 4),

@@ -35,27 +35,26 @@ def budget(model: Checkpoint, tokens: int = 300) -> float:
 def test_pooled_text_is_plain_training_on_the_transfer_text(
     base: Checkpoint, text: TransferSet, tmp_path: Path
 ) -> None:
-    def run(name: str, config: DistillPhase = CONFIG, text: TransferSet = text, told: Any = ()) -> Checkpoint:
+    def run(name: str, text: TransferSet = text, told: Any = ()) -> Checkpoint:
         return pooled_text(
-            base, text, told, config, budget=budget(base), balance=0.0, seed=0, into=folder(tmp_path / name),
+            base, text, told, FAST, budget=budget(base), balance=0.0, seed=0, into=folder(tmp_path / name),
             runtime=HERE,
         )  # fmt: skip
 
     made = run("made")
     assert 300 <= made.work.tokens < 300 + BATCH
     assert made.losses[-1][1] < made.losses[0][1]
-    # Teachers have no say: neither their probabilities nor the objective change a bit.
+    # Teachers have no say: their probabilities change no bit.
     silent = folder(tmp_path / "silent")
     (silent / "documents.jsonl").write_bytes(text.documents.read_bytes())
     assert run("unsigned", text=text.model_copy(update={"folder": silent})).digest == made.digest
-    assert run("objective", CONFIG.model_copy(update={"objective": LogitsObjective(beta=9)})).digest == made.digest
 
 
 def test_what_asking_teachers_costs_is_spent_on_training(base: Checkpoint, text: TransferSet, tmp_path: Path) -> None:
     asking = Work(tokens=1, forward=budget(base, 200))
     told = [teaching("p", 0, {"public-0": PUBLIC[0][1]}, base, tmp_path / "p").model_copy(update={"work": asking})]
     made = pooled_text(
-        base, text, told, CONFIG, budget=budget(base), balance=0.0, seed=0, into=folder(tmp_path / "made"), runtime=HERE
+        base, text, told, FAST, budget=budget(base), balance=0.0, seed=0, into=folder(tmp_path / "made"), runtime=HERE
     )
     assert 500 <= made.work.tokens < 500 + BATCH
 
@@ -67,7 +66,7 @@ def test_measuring_the_router_is_part_of_the_budget(
     for model, spent in ((moe, 100), (base, 0)):
         worked = model.model_copy(update={"work": Work(tokens=1, forward=budget(model, 100))})
         made = pooled_text(
-            worked, text, (), CONFIG, budget=budget(model), balance=0.0, seed=0,
+            worked, text, (), FAST, budget=budget(model), balance=0.0, seed=0,
             into=folder(tmp_path / model.model_type), runtime=HERE,
         )  # fmt: skip
         assert 300 - spent <= made.work.tokens < 300 - spent + BATCH
@@ -77,7 +76,7 @@ def test_measuring_the_router_is_part_of_the_budget(
 def test_pooled_text_of_a_moe_is_balanced(moe: Checkpoint, text: TransferSet, tmp_path: Path) -> None:
     digests = {
         pooled_text(
-            moe, text, (), CONFIG, budget=budget(moe), balance=balance, seed=0, into=folder(tmp_path / str(balance)),
+            moe, text, (), FAST, budget=budget(moe), balance=balance, seed=0, into=folder(tmp_path / str(balance)),
             runtime=HERE,
         ).digest
         for balance in (0.0, 1.0)
@@ -109,7 +108,7 @@ def test_what_was_made_for_dense_kd_is_part_of_its_budget(base: Checkpoint, text
 
 def central(moe: Checkpoint, text: Corpus, into: Path, tokens: int = 4000) -> Checkpoint:
     config = EvaluatePhase(centralized_tokens=tokens, patience=2)
-    return centralized(moe, text, CONFIG, config, balance=0.01, seed=0, into=folder(into), runtime=HERE)
+    return centralized(moe, text, FAST, config, balance=0.01, seed=0, into=folder(into), runtime=HERE)
 
 
 def test_centralized_learns_all_text_until_held_out_text_is_worse(moe: Checkpoint, tmp_path: Path) -> None:

@@ -142,7 +142,11 @@ def test_what_devices_learn_in_the_base_is_added_to_it(tmp_path: Path) -> None:
     load = replace(strangers, starts={**strangers.starts, "models.ancestors.gpt2": kin})
     [task] = by_phase(worked_out(load))["task_vectors"]
     assert (task.steps, task.flops, task.disk) == (1, 0, 4 * load.base.shape.parameters)
-    assert "task_vectors" not in by_phase(worked_out(strangers))
+    assert not {"task_vectors", "own_vector"} & set(by_phase(worked_out(strangers)))
+    distill = load.recipe.distill.model_copy(update={"own_task_vectors": True})
+    own = replace(load, recipe=load.recipe.model_copy(update={"distill": distill}))
+    [each] = by_phase(worked_out(own))["own_vector"]
+    assert (each.steps, each.flops, each.disk) == (2, 0, task.disk)
 
     def evaluations(load: Extent) -> int:
         return sum(task.steps for task in by_phase(worked_out(load))["evaluate"])

@@ -272,14 +272,25 @@ def test_a_branch_may_change_its_ffns_alone(world: World, tmp_path: Path) -> Non
         assert {kind.role(name) for name in before if before[name] != after[name]} - {"head"} == expected
 
 
-def test_branches_learn_gently(world: World, tmp_path: Path) -> None:
-    digests = [
-        learnt(world, tmp_path / f"{rate}-{cluster}", PLAIN.model_copy(update={"branch_rate": rate}), cluster).digest
-        for cluster in (None, 0)
-        for rate in (0.25, 1.0)
+@pytest.mark.parametrize(("of", "other"), [(None, 0), (0, None)])
+def test_joint_student_and_branches_have_rates_of_their_own(
+    world: World, tmp_path: Path, of: int | None, other: int | None
+) -> None:
+    rate = "joint_rate" if of is None else "branch_rate"
+    plain, gentle = (PLAIN.model_copy(update={rate: share}) for share in (1.0, 0.25))
+    slower = PLAIN.training.model_copy(update={"learning_rate": 0.25 * PLAIN.training.learning_rate})
+    made = [
+        learnt(world, tmp_path / name, config, cluster).digest
+        for name, config, cluster in (
+            ("plain", plain, of),
+            ("gentle", gentle, of),
+            ("slower", plain.model_copy(update={"training": slower}), of),
+            ("other", plain, other),
+            ("as other", gentle, other),
+        )
     ]
-    assert digests[0] == digests[1]
-    assert digests[2] != digests[3]
+    assert made[0] != made[1] == made[2]
+    assert made[3] == made[4]
 
 
 def test_a_branch_that_nobody_wrote_for_stays_as_it_is(world: World, tmp_path: Path) -> None:

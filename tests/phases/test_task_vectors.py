@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from deepfusion.artifacts import Checkpoint, Proxy
 from deepfusion.checkpoints import as_checkpoint, open_model
-from deepfusion.phases.task_vectors import add_task_vectors
+from deepfusion.phases.task_vectors import add_task_vectors, own_task_vector
 from deepfusion.weights import WEIGHTS, shapes
 from fuse import Blown, Fuse, contents
 from pico import pico, pico_checkpoint
@@ -93,6 +93,49 @@ def test_a_base_from_elsewhere_has_its_own_names(tmp_path: Path) -> None:
     save_file(elsewhere, base.folder / WEIGHTS, metadata={"format": "pt"})
     made = add_task_vectors(base, [one], 0.5, into=folder(tmp_path / "made"))
     assert contents(made.folder) == contents(usual.folder)
+
+
+def test_a_branch_gets_its_own_vectors_in_its_ffns(tmp_path: Path) -> None:
+    """By hand: after training, what was learned since is kept; all but FFNs stay bit for bit."""
+    base = pico_checkpoint("llama", tmp_path / "base")
+    two = [proxy(base, tmp_path / f"p{seed}", seed) for seed in (1, 2)]
+    start = add_task_vectors(base, two, 0.25, into=folder(tmp_path / "start"))
+    learned = {name: tensor + 0.5 for name, tensor in load_file(start.folder / WEIGHTS).items()}
+    save_file(learned, start.folder / WEIGHTS, metadata={"format": "pt"})
+    made = own_task_vector(start, base, two, 2, 0.25, into=folder(tmp_path / "made"))
+    before = load_file(base.folder / WEIGHTS)
+    one, other = (load_file(held.model / WEIGHTS) for held in two)
+    after = load_file(made.folder / WEIGHTS)
+    assert after.keys() == learned.keys()
+    for name, tensor in after.items():
+        if ".mlp." in name:
+            expected = learned[name] + 0.75 * (other[name] - before[name]) - 0.25 * (one[name] - before[name])
+            torch.testing.assert_close(tensor, expected)
+        else:
+            assert torch.equal(tensor, learned[name])
+    assert (made.lineage, made.work.tokens) == (base.lineage, 0)
+    open_model(made.folder)
+
+
+def test_untrained_ffns_are_the_own_proxys(tmp_path: Path) -> None:
+    base = pico_checkpoint("llama", tmp_path / "base")
+    two = [proxy(base, tmp_path / f"p{seed}", seed) for seed in (1, 2)]
+    start = add_task_vectors(base, two, 0.5, into=folder(tmp_path / "start"))
+    made = own_task_vector(start, base, two, 1, 0.5, into=folder(tmp_path / "made"))
+    own = load_file(two[0].model / WEIGHTS)
+    for name, tensor in load_file(made.folder / WEIGHTS).items():
+        if ".mlp." in name:
+            torch.testing.assert_close(tensor, own[name])
+
+
+def test_a_cluster_without_kin_has_nothing_of_its_own(tmp_path: Path) -> None:
+    base = pico_checkpoint("llama", tmp_path / "base")
+    one = proxy(base, tmp_path / "p", 1)
+    with pytest.raises(ValueError, match="no proxy of cluster 3 is of the base's lineage"):
+        own_task_vector(base, base, [one], 3, 0.5, into=folder(tmp_path / "made"))
+    stranger = base.model_copy(update={"lineage": "llama-other"})
+    with pytest.raises(ValueError, match="is of lineage llama-other and not of the base's"):
+        own_task_vector(stranger, base, [one], 1, 0.5, into=folder(tmp_path / "made"))
 
 
 def test_of_another_lineage(tmp_path: Path) -> None:

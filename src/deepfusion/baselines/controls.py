@@ -12,7 +12,7 @@ from pathlib import Path
 
 from deepfusion import checkpoints
 from deepfusion.artifacts import Artifact, Checkpoint, Corpus, Teaching, TransferSet
-from deepfusion.config import DistillPhase, EvaluatePhase, Runtime
+from deepfusion.config import DistillPhase, EvaluatePhase, Runtime, Training
 from deepfusion.data.documents import Document, read_jsonl
 from deepfusion.data.lessons import lessons
 from deepfusion.data.tokens import Tokenizer
@@ -27,7 +27,7 @@ def pooled_text(
     model: Checkpoint,
     transfer: TransferSet,
     teachings: Sequence[Teaching],
-    config: DistillPhase,
+    training: Training,
     *,
     budget: float,
     balance: float,
@@ -43,12 +43,12 @@ def pooled_text(
     budget += sum(teaching.work.token_parameters for teaching in teachings)
     if family(model.model_type).routes:
         budget -= model.work.token_parameters
-    text = transfer_lessons(model, transfer, (), config.training)
+    text = transfer_lessons(model, transfer, (), training)
     return learn(
         model,
         text,
         PLAIN,
-        config.training,
+        training,
         tokens=tokens_within(budget, model),
         balance=balance,
         seed=seed,
@@ -79,7 +79,7 @@ def dense_kd(
 def centralized(
     moe: Checkpoint,
     corpus: Corpus,
-    distilling: DistillPhase,
+    training: Training,
     config: EvaluatePhase,
     *,
     balance: float,
@@ -97,13 +97,13 @@ def centralized(
     for document in read_jsonl(corpus.public, Document):
         documents.setdefault(document.text, document)
     longest = context_length(checkpoints.open_config(moe.folder))
-    text = lessons(documents.values(), tokenizer, distilling.training, longest)
-    heldout = lessons(read_jsonl(corpus.heldout, Document), tokenizer, distilling.training, longest)
+    text = lessons(documents.values(), tokenizer, training, longest)
+    heldout = lessons(read_jsonl(corpus.heldout, Document), tokenizer, training, longest)
     return learn(
         moe,
         text,
         PLAIN,
-        distilling.training,
+        training,
         tokens=config.centralized_tokens,
         balance=balance,
         heldout=heldout,

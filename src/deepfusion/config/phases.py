@@ -247,16 +247,23 @@ class DistillPhase(Section):
     """Where devices' public ancestor is the base itself, students start from the base plus this times what each
     cluster's average of these devices has changed in it (task arithmetic, arXiv 2212.04089), before anything is
     distilled. Without such devices it changes nothing."""
+    own_task_vectors: bool = False
+    """With `task_vectors`: a branch's FFNs start from what its own cluster's devices have changed in the base, whole,
+    in place of the share of every cluster's that the joint student started from. Experts then differ before any branch
+    has learned a thing. Clusters without such devices start from the joint student, as all do without."""
     teacher_top_k: int | None = Field(default=32, ge=1)
     """Probabilities kept of teachers asked after the fact; none keeps all of them (dense KL)."""
     branch_trains: Literal["all", "ffn"] = "all"
     """What a branch may change: ffn keeps everything that assembly averages (Eq. 13) as it was."""
     training: Training = Training()
+    joint_rate: float = Field(default=1.0, gt=0)
+    """The joint student trains at this share of the learning rate, at which the controls train that start from the
+    base: less of it where the student starts from task vectors, and has something to lose."""
     branch_rate: float = Field(default=0.25, gt=0)
     """Branches train at this share of the learning rate: what the joint student knows is not to be unlearned."""
 
     @model_validator(mode="after")
-    def _shifted_writers(self) -> Self:
+    def _consistent(self) -> Self:
         if self.shifted and self.teachers != "writers":
             raise ValueError("shifted needs teachers: writers, for others are asked without their ancestors")
         if self.shifted and isinstance(self.objective, VAAObjective):
@@ -267,6 +274,8 @@ class DistillPhase(Section):
             raise ValueError(
                 "shifted needs objective.across: auto or span_likelihood, the only one whose base can be shifted"
             )
+        if self.own_task_vectors and not self.task_vectors:
+            raise ValueError("own_task_vectors are a cluster's share of task_vectors: set task_vectors above 0")
         if self.shifted and not self.shares.joint:
             raise ValueError("shifted needs shares.joint above 0, whose budget pays for it")
         return self

@@ -59,10 +59,14 @@ class Extent:
         return device.training.dtype if device.method == "full" else "float32"
 
     @property
+    def kin(self) -> int:
+        """How many devices start from the base itself."""
+        return sum(start.lineage == self.base.lineage for start in self.by_device().values())
+
+    @property
     def task_vectors(self) -> bool:
         """Whether students start from the base with what devices have learned in its own weights."""
-        kin = any(start.lineage == self.base.lineage for start in self.by_device().values())
-        return kin and self.recipe.distill.task_vectors > 0
+        return self.kin > 0 and self.recipe.distill.task_vectors > 0
 
     def proxies(self) -> tuple[int, float]:
         """How many there are, and how many members each has."""

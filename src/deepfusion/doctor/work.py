@@ -119,7 +119,10 @@ def _transfer(of: Extent) -> Iterator[Task]:
     if of.task_vectors:
         held = shapes(of.base.folder).values() if of.base.folder else []
         widest = max([size_of(of.sent), *(dtype.itemsize for dtype, _ in held)])
-        yield Task("task_vectors", 1, shape=of.base.shape, disk=of.base.shape.parameters * widest)
+        disk = of.base.shape.parameters * widest
+        yield Task("task_vectors", 1, shape=of.base.shape, disk=disk)
+        if of.recipe.distill.own_task_vectors:
+            yield Task("own_vector", min(k, of.kin), shape=of.base.shape, disk=disk)
     yield from _consulted(of, largest)
 
 

@@ -29,6 +29,7 @@ PHASES = {
     "task_vectors": "what was learned in the base's own weights added to it",
     "consult": "teachers asked",
     "joint": "joint student trained",
+    "own_vector": "what a cluster learned in the base's own weights put into its branch",
     "branch": "branches trained",
     "assemble": "branches made into one MoE",
     "tune": "MoE tuned",

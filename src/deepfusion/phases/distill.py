@@ -57,9 +57,8 @@ def distill(
         paid: what was made for this training alone, and took part of its budget.
     """
     budget -= sum(made.work.token_parameters for made in paid)
-    training = config.training
-    if cluster is not None:
-        training = training.model_copy(update={"learning_rate": training.learning_rate * config.branch_rate})
+    share = config.joint_rate if cluster is None else config.branch_rate
+    training = config.training.model_copy(update={"learning_rate": config.training.learning_rate * share})
     text = transfer_lessons(
         student,
         transfer,

@@ -7,7 +7,7 @@ has to be distilled, across architectures and tokenizers; this comes without a t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deepfusion.artifacts import Checkpoint, Proxy
 from deepfusion.checkpoints import as_checkpoint, copy_description, open_config
-from deepfusion.families import skeleton
+from deepfusion.families import family, skeleton
 from deepfusion.weights import Part, Stored, blocks, stored, write
 
 
@@ -39,6 +39,55 @@ def add_task_vectors(
     Raises:
         ValueError: a proxy is of another lineage, or its tensors differ from the base's in name or shape.
     """
+    return _add(base, base, proxies, lambda name: [scale] * len(proxies), into, resume)
+
+
+def own_task_vector(
+    student: Checkpoint,
+    base: Checkpoint,
+    proxies: Sequence[Proxy],
+    cluster: int,
+    scale: float,
+    *,
+    into: Path,
+    resume: bool = False,
+) -> Checkpoint:
+    """A student whose FFNs have a cluster's own task vectors, whole, in place of the share of everyone's they had.
+
+    FFN tensors become student + Σ own (proxy − base) − scale · Σ all (proxy − base), as `add_task_vectors` sums; all
+    others stay as they are. What the student has learned since it began is kept.
+
+    Args:
+        student: what became of `add_task_vectors(base, proxies, scale)`, trained or not.
+        base: as there.
+        proxies: as there, those of the cluster among them.
+        cluster: whose FFNs they will be.
+        scale: as there.
+        into: where the student goes.
+        resume: keep what an interrupted call with the same arguments has finished.
+
+    Raises:
+        ValueError: as `add_task_vectors`, or the student is not of the base's lineage, or no proxy is the cluster's.
+    """
+    if student.lineage != base.lineage:
+        raise ValueError(f"{student.folder} is of lineage {student.lineage} and not of the base's, {base.lineage}")
+    own = [float(proxy.cluster == cluster) for proxy in proxies]
+    if not any(own):
+        raise ValueError(f"no proxy of cluster {cluster} is of the base's lineage: there is nothing to add for it")
+    role = family(base.model_type).role
+    changes, nothing = [one - scale for one in own], [0.0] * len(proxies)
+    return _add(student, base, proxies, lambda name: changes if role(name) == "ffn" else nothing, into, resume)
+
+
+def _add(
+    onto: Checkpoint,
+    base: Checkpoint,
+    proxies: Sequence[Proxy],
+    scales: Callable[[str], Sequence[float]],
+    into: Path,
+    resume: bool,
+) -> Checkpoint:
+    """`onto` plus Σ scale · (proxy − base), where `scales` tells a tensor's, one for each proxy."""
     for proxy in proxies:
         if proxy.lineage != base.lineage:
             raise ValueError(
@@ -46,26 +95,25 @@ def add_task_vectors(
                 f"{base.lineage}: what its devices learned cannot be added to the base's weights"
             )
     after = [stored(proxy.model) for proxy in proxies]
-    before = _as_in(after[0], base) if after else stored(base.folder)
+    before, start = (_as_in(after[0], one) if after else stored(one.folder) for one in (base, onto))
     expected = {name: one.shape for name, one in before.items()}
-    for proxy, held in zip(proxies, after, strict=True):
+    for folder, held in ((onto.folder, start), *((p.model, a) for p, a in zip(proxies, after, strict=True))):
         if {name: one.shape for name, one in held.items()} != expected:
-            raise ValueError(f"{base.folder} and {proxy.model} have tensors of different names or shapes")
+            raise ValueError(f"{base.folder} and {folder} have tensors of different names or shapes")
 
     def added(name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+        wanted = [(scale, held[name]) for scale, held in zip(scales(name), after, strict=True) if scale]
         for rows in blocks(expected[name]):
-            start = before[name].read(rows)
-            if not start.is_floating_point():
-                yield start
-                continue
-            start = start.to(torch.float32)
-            total = start.clone()
-            for held in after:
-                total += scale * (held[name].read(rows).to(torch.float32) - start)
-            yield total.to(dtype)
+            total = start[name].read(rows)
+            if wanted and total.is_floating_point():
+                origin = before[name].read(rows).to(torch.float32)
+                total = total.to(torch.float32, copy=True)
+                for scale, held in wanted:
+                    total += scale * (held.read(rows).to(torch.float32) - origin)
+            yield total.to(dtype) if total.is_floating_point() else total
 
     parts: list[Part] = []
-    for name, one in before.items():
+    for name, one in start.items():
         dtype = reduce(torch.promote_types, (held[name].dtype for held in after), one.dtype)
         parts.append(Part(name, dtype, one.shape, partial(added, name, dtype)))
     write(into, parts, resume=resume)
