@@ -70,6 +70,23 @@ def test_type_pure_clusters_hold_every_lineage(tmp_path: Path) -> None:
     assert (problem.state, problem.fact) == ("problem", "1 type-pure clusters cannot hold 2 lineages")
 
 
+def test_what_devices_learn_in_the_bases_own_weights_is_to_be_used(tmp_path: Path) -> None:
+    base, *starts = (given("llama", tmp_path / name, f"models.{name}") for name in ("base", "a", "b"))
+    other = given("gpt2", tmp_path / "c", "models.ancestors.b")
+    models_set = "models.ancestors={a: {make: {type: gpt2}}, b: {make: {type: gpt2}}}"
+
+    def told(ancestors: dict[str, models.Start], *overrides: str) -> list[str]:
+        found = models.of_the_base(base, ancestors, ["d0", "d1"], recipe(models_set, *overrides))
+        return [f"{check.state}: {check.fact}" for check in found]
+
+    kin = dict(zip("ab", starts, strict=True))
+    because = "from the base itself, and what is learned there in its weights is not used"
+    assert told(kin) == [f"warning: 2 devices start {because}"]
+    assert told({**kin, "b": other}) == [f"warning: one device starts {because}"]
+    assert told(kin, "distill.task_vectors=0.5") == []
+    assert told({"a": other, "b": other}) == []
+
+
 def test_rates_found_for_tiny_models_are_told_for_large_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     starts = {"models.base": given("llama", tmp_path / "a", "models.base")}
     assert list(models.trainings(starts, recipe())) == []

@@ -101,7 +101,9 @@ def _inputs(recipe: Recipe, scratch: Path) -> tuple[list[Check], list[Task]]:
     if reading is None or base is None or len(starts) < len(models.sources(recipe)):
         return found, []
     devices = [device.id for device in reading.corpus.devices]
-    found += models.lineages({start.name: start for key, start in starts.items() if key != BASE}, devices, recipe)
+    ancestors = {start.name: start for key, start in starts.items() if key != BASE}
+    found += models.lineages(ancestors, devices, recipe)
+    found += models.of_the_base(starts[BASE], ancestors, devices, recipe)
     found += tokenizers.checks(starts, reading.public, recipe)
     measured = {start.tokenizer.fingerprint: lengths.Lengths(start.tokenizer) for start in starts.values()}
     found += lengths.checks(reading, starts, measured, recipe)

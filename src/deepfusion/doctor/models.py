@@ -224,3 +224,16 @@ def lineages(ancestors: Mapping[str, Start], devices: Sequence[str], recipe: Rec
             f"{recipe.cluster.k} type-pure clusters cannot hold {len(used)} lineages",
             f"raise cluster.k to {len(used)} or more, or set cluster.mode: by_domain",
         )  # fmt: skip
+
+
+def of_the_base(base: Start, ancestors: Mapping[str, Start], devices: Sequence[str], recipe: Recipe) -> Iterator[Check]:
+    """Whether what devices learn in the base's own weights is used."""
+    start_of = starting_points(devices, recipe.models, recipe.seed)
+    kin = sum(ancestors[name].lineage == base.lineage for name in start_of.values())
+    if kin and not recipe.distill.task_vectors:
+        yield Check(
+            "lineages", "distill.task_vectors", "warning",
+            f"{'one device starts' if kin == 1 else f'{kin} devices start'} from the base itself, "
+            "and what is learned there in its weights is not used",
+            "set distill.task_vectors: 0.75, distill.own_task_vectors: true, and distill.joint_rate: 0.1",
+        )  # fmt: skip
