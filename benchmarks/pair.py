@@ -92,8 +92,8 @@ class Pair:
 
 
 def configured(objective: dict[str, Any]) -> DistillPhase:
-    """The recipe's distillation with another objective; teachers' own probabilities, not shifted."""
-    fields = {**Recipe.load("real_llms").distill.model_dump(), "shifted": False}
+    """The recipe's distillation with another objective, at the full rate; probabilities not shifted."""
+    fields = {**Recipe.load("real_llms").distill.model_dump(), "shifted": False, "joint_rate": 1.0}
     return DistillPhase.model_validate({**fields, "objective": {**fields["objective"], **objective}})
 
 
