@@ -275,6 +275,19 @@ def test_an_objective_that_fits_no_model_is_found_before_distilling(setting: str
 # ── --set ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_who_sets_one_key_keeps_the_default_of_the_others(there: Path) -> None:
+    """Also where a section's default is not its class's: tuning is gentler than other trainings."""
+    tune = Recipe.load("smoke", ["tune={training: {rows: 3}}"]).tune
+    assert (tune.training.rows, tune.training.learning_rate) == (3, 3e-4)
+    assert Recipe.load("smoke", ["distill={training: {rows: 3}}"]).distill.training.learning_rate == 3e-3
+
+
+@pytest.mark.parametrize("setting", ["distill.task_vectors=true", "device.epochs=false", "device.training.rows=true"])
+def test_a_switch_is_no_number(setting: str, there: Path) -> None:
+    with pytest.raises(InputError, match=r"must be a number, not (true|false)"):
+        Recipe.load("smoke", [setting])
+
+
 def test_settings_reach_sections_mappings_and_lists(there: Path) -> None:
     settings = ["cluster.k=2", "models.ancestors.c.path=/c", "data.source.sources.1.max_rows=5"]
     recipe = Recipe.load("recipes/files.yaml", settings)

@@ -115,8 +115,8 @@ def validate(folder: Path, ancestor: Path, lora: LoRA) -> None:
     for name, (dtype, shape) in _header(file).items():
         if name not in expected:
             raise ValueError(f"{file}: tensor {name} belongs to no matrix that was to be adapted")
-        if shape != expected.pop(name):
-            raise ValueError(f"{file}: tensor {name} has shape {shape}")
+        if shape != (wanted := expected.pop(name)):
+            raise ValueError(f"{file}: tensor {name} has shape {shape} instead of {wanted}")
         if dtype not in ("F32", "F16", "BF16"):
             raise ValueError(f"{file}: tensor {name} is {dtype}: save it as float32, float16 or bfloat16")
     if expected:

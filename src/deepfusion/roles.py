@@ -11,6 +11,15 @@ from dataclasses import dataclass
 from deepfusion.artifacts import Clusters, Proxy, Upload
 from deepfusion.config import Models, ModelSource, Recipe, TransferPhase, VAAObjective
 
+NO_KIN = (
+    "no device starts from the base itself, so that distill.task_vectors does nothing: a model of the same type with "
+    "other weights, or with the same in another precision, is another model"
+)
+WITHOUT_KIN = (
+    "make the base's own checkpoint an ancestor, or leave task_vectors and own_task_vectors out, and joint_rate, with "
+    "which students learn the slower for nothing"
+)
+
 
 @dataclass(frozen=True)
 class Teacher:

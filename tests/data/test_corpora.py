@@ -166,6 +166,10 @@ def test_datasets_builders(tmp_path: Path) -> None:
     [
         ({"question": None}, "line 4 has no 'question'"),
         ({"answer": None}, "line 4 has no 'answer'"),
+        (
+            {"answer": None, "anwser": "x"},
+            r"line 4 has no 'answer' \(it has 'anwser': is that it\?\)$",
+        ),
         ({"answer": " "}, "line 4 has an empty 'answer'"),
         ({"split": "train"}, "line 4 has split 'train': it must be one of private, public, test"),
         ({"split": None}, "line 4 has no 'split': add the column, or set `split` of the source"),

@@ -45,14 +45,14 @@ def test_an_accelerators_memory_counts_where_it_is_asked_for(monkeypatch: pytest
 )
 def test_steps_side_by_side_must_fit(workers: int, state: str, advice: str) -> None:
     """Three of 0.8 GB, and 0.25 GB for the command."""
-    check = machine.memory([8e8, 8e8, 8e8, 1e8], SMALL, Runtime(workers=workers))
+    check = machine.memory([(8e8, "device")] * 3 + [(1e8, "tune")], SMALL, Runtime(workers=workers))
     assert (check.state, check.advice) == (state, advice)
 
 
 def test_one_step_that_does_not_fit_is_a_problem() -> None:
-    check = machine.memory([3e9], SMALL, Runtime(workers=2))
+    check = machine.memory([(3e9, "joint")], SMALL, Runtime(workers=2))
     assert check.state == "problem"
-    assert "and 2 GB are free" in check.fact
+    assert "(joint), and 2 GB are free" in check.fact
 
 
 def test_the_disk_must_hold_what_is_kept_and_what_is_saved_on_the_way() -> None:

@@ -5,6 +5,7 @@ import pytest
 from deepfusion.doctor import models
 from deepfusion.doctor.models import Start
 from deepfusion.doctor.shapes import Shape
+from deepfusion.roles import NO_KIN
 from pico import pad_vocabulary, pico
 from tiny import recipe
 
@@ -83,8 +84,10 @@ def test_what_devices_learn_in_the_bases_own_weights_is_to_be_used(tmp_path: Pat
     because = "from the base itself, and what is learned there in its weights is not used"
     assert told(kin) == [f"warning: 2 devices start {because}"]
     assert told({**kin, "b": other}) == [f"warning: one device starts {because}"]
-    assert told(kin, "distill.task_vectors=0.5") == []
+    used = "from the base itself, and what is learned there in its weights is added to it"
+    assert told(kin, "distill.task_vectors=0.5") == [f"ok: 2 devices start {used}"]
     assert told({"a": other, "b": other}) == []
+    assert told({"a": other, "b": other}, "distill.task_vectors=0.5") == [f"warning: {NO_KIN}"]
 
 
 def test_rates_found_for_tiny_models_are_told_for_large_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +96,13 @@ def test_rates_found_for_tiny_models_are_told_for_large_ones(tmp_path: Path, mon
     monkeypatch.setattr(models, "PRETRAINED_PARAMETERS", 1000)
     subjects = [check.subject for check in models.trainings(starts, recipe())]
     assert subjects == ["distill.training", "tune.training"]
-    assert list(models.trainings(starts, recipe("distill.training.learning_rate=1e-5"))) == []  # tune has the same
+    slow = "tune.training={learning_rate: 1e-5}"
+    [tuning] = models.trainings(starts, recipe("distill.training={learning_rate: 1e-5}"))
+    assert tuning.advice.endswith("tune.training.learning_rate=2e-05")
+    fast = "distill.training={learning_rate: 1e-3}"
+    assert [check.subject for check in models.trainings(starts, recipe(slow, fast))] == ["distill.training"]
+    # A share of it is what the student gets; the whole is for controls, which start from the base.
+    assert list(models.trainings(starts, recipe(slow, fast, "distill.joint_rate=0.1"))) == []
 
 
 def test_rows_longer_than_a_model_takes_are_told(tmp_path: Path) -> None:

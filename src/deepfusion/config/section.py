@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic.fields import FieldInfo
 
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -15,6 +15,26 @@ class Section(BaseModel):
     """A part of a recipe: immutable, and strict about its keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_its_defaults(cls, given: Any) -> Any:
+        """Whoever sets one key of a section keeps the default of its others, also where it is not the class's own.
+
+        `tune: {training: {rows: 4}}` leaves the learning rate at that of `TunePhase.training`.
+        """
+        if not isinstance(given, dict):
+            return given
+        tree = dict(cast("dict[str, Any]", given))
+        for name, field in cls.model_fields.items():
+            default, value = field.default, tree.get(name)
+            if isinstance(default, Section) and isinstance(value, dict):
+                tree[name] = {**default.model_dump(exclude_unset=True), **cast("dict[str, Any]", value)}
+            elif isinstance(value, bool):
+                kinds = {field.annotation, *get_args(field.annotation)}
+                if kinds & {int, float} and bool not in kinds:  # of which pydantic makes 1 and 0
+                    raise ValueError(f"{name} must be a number, not {str(value).lower()}")
+        return tree
 
 
 def sections_in(annotation: Any) -> list[type[Section]]:

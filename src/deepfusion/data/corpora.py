@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -211,20 +212,27 @@ def _get(raw: Mapping[str, Any], source: TextSource, field: str) -> Any:
     return raw.get(source.columns.get(field, field))
 
 
+def _missed(column: str, raw: Mapping[str, Any]) -> str:
+    """A column that is not there, and the one that may have been meant for it."""
+    close = get_close_matches(column, [name for name in raw if name != column], 1)
+    return f"{column!r}" + (f" (it has {close[0]!r}: is that it?)" if close else "")
+
+
 def _row(origin: str, raw: Mapping[str, Any], source: TextSource, template: str) -> Row:
     def text(field: str, default: str | None = None) -> str:
         value = _get(raw, source, field)
         value = default if value is None else str(value)
-        if value is None or not value.strip():
-            state = "no" if value is None else "an empty"
-            raise InputError(f"{origin} has {state} {source.columns.get(field, field)!r}")
+        if value is None:
+            raise InputError(f"{origin} has no {_missed(source.columns.get(field, field), raw)}")
+        if not value.strip():
+            raise InputError(f"{origin} has an empty {source.columns.get(field, field)!r}")
         return value
 
     def known(field: str, override: str | None) -> str:
         if override is not None:
             return override
         if _get(raw, source, field) is None:
-            raise InputError(f"{origin} has no {field!r}: add the column, or set `{field}` of the source")
+            raise InputError(f"{origin} has no {_missed(field, raw)}: add the column, or set `{field}` of the source")
         return text(field)
 
     split = known("split", source.split)

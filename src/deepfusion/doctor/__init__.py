@@ -136,7 +136,7 @@ def _trainings(tasks: Sequence[Task]) -> Iterator[Check]:
 
 def _room(recipe: Recipe, tasks: Sequence[Task], here: Machine, runtime: Runtime) -> Iterator[Check]:
     """Whether memory and disk are enough."""
-    yield machine.memory([peak(task, recipe) for task in tasks for _ in range(task.steps)], here, runtime)
+    yield machine.memory([(peak(task, recipe), task.phase) for task in tasks for _ in range(task.steps)], here, runtime)
     saved = [
         SAVED * task.shape.parameters * size_of(task.training.dtype) for task in tasks if task.shape and task.training
     ]

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+
 from deepfusion.config import Recipe
 from deepfusion.doctor.lengths import EDGES, Lengths
 from deepfusion.doctor.models import BASE, Start
@@ -17,6 +19,7 @@ from deepfusion.doctor.shapes import Shape
 from deepfusion.doctor.text import Reading
 from deepfusion.phases.assemble import shape_of
 from deepfusion.roles import starting_points
+from deepfusion.weights import shapes
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,12 @@ class Extent:
     def kin(self) -> int:
         """How many devices start from the base itself."""
         return sum(start.lineage == self.base.lineage for start in self.by_device().values())
+
+    @property
+    def widest(self) -> int:
+        """Bytes of a number of the base with task vectors: the widest of its own and of devices'."""
+        held = shapes(self.base.folder).values() if self.base.folder else []
+        return max([getattr(torch, self.sent).itemsize, *(dtype.itemsize for dtype, _ in held)])
 
     @property
     def task_vectors(self) -> bool:

@@ -83,12 +83,14 @@ def without_bfloat16(widened: Sequence[str], slow: Sequence[str], runtime: Runti
         )  # fmt: skip
 
 
-def memory(peaks: Sequence[float], machine: Machine, runtime: Runtime) -> Check:
-    """Whether the largest steps fit side by side; `peaks` has the bytes of every step's process."""
+def memory(peaks: Sequence[tuple[float, str]], machine: Machine, runtime: Runtime) -> Check:
+    """Whether the largest steps fit side by side; `peaks` has the bytes of every step's process, and its phase."""
     workers = max(1, runtime.workers)
-    largest = heapq.nlargest(workers, peaks)
+    of = heapq.nlargest(workers, peaks)
+    largest = [peak for peak, _ in of]
     need, free = sum(largest) + (MAIN if runtime.workers else 0), machine.memory_bytes
     side = f"{workers} steps side by side take up to {size(largest[0])} each" if workers > 1 else "for one step"
+    side += f" ({of[0][1]})"
     fact = f"{size(need)} at most: {side}"
     if need <= free:
         return Check("machine", "memory", "ok", fact)
@@ -96,7 +98,10 @@ def memory(peaks: Sequence[float], machine: Machine, runtime: Runtime) -> Check:
     fitting = next((n for n in range(workers - 1, 0, -1) if sum(largest[:n]) + MAIN <= free), 0)
     if fitting:
         return Check("machine", "memory", "warning", told, f"run with --workers {fitting}")
-    smaller = "lower rows and context of `training`, or set training.dtype: bfloat16, or choose smaller models"
+    smaller = (
+        "lower rows and context of the `training` of that phase (device, distill or tune), or set its "
+        "gradient_checkpointing; for devices device.method: lora; or choose smaller models"
+    )
     return Check("machine", "memory", "problem", told, smaller)
 
 

@@ -19,7 +19,7 @@ from deepfusion.doctor.shapes import Shape
 from deepfusion.families import context_length, experts, family, skeleton
 from deepfusion.labels import joined
 from deepfusion.phases.assemble import shape_of
-from deepfusion.roles import starting_points
+from deepfusion.roles import NO_KIN, WITHOUT_KIN, starting_points
 from deepfusion.weights import digest
 
 BASE = "models.base"
@@ -137,8 +137,10 @@ def trainings(starts: Mapping[str, Start], recipe: Recipe) -> Iterator[Check]:
         training = phase.training
         known = [start.key for start in trained if start.folder and start.shape.parameters >= PRETRAINED_PARAMETERS]
         adapts = section == "device" and recipe.device.method != "full"
-        most, better = (ADAPTER_RATE, 5e-4) if adapts else (PRETRAINED_RATE, 5e-5)
-        if known and training.learning_rate > most:
+        most, better = (ADAPTER_RATE, 5e-4) if adapts else (PRETRAINED_RATE, 2e-5 if section == "tune" else 5e-5)
+        # With a share of it, the whole is for the controls: they start from the base, and have less to lose.
+        share = recipe.distill.joint_rate if section == "distill" else 1.0
+        if known and training.learning_rate * share > most:
             yield Check(
                 "training", f"{section}.training", "warning",
                 f"learning_rate {training.learning_rate:g} was found for tiny models, and is much for {joined(known)}",
@@ -235,5 +237,12 @@ def of_the_base(base: Start, ancestors: Mapping[str, Start], devices: Sequence[s
             "lineages", "distill.task_vectors", "warning",
             f"{'one device starts' if kin == 1 else f'{kin} devices start'} from the base itself, "
             "and what is learned there in its weights is not used",
-            "set distill.task_vectors: 0.75, distill.own_task_vectors: true, and distill.joint_rate: 0.1",
+            "set distill.task_vectors: 0.75, distill.own_task_vectors: true, and distill.joint_rate and "
+            "distill.branch_rate: 0.1",
         )  # fmt: skip
+    elif kin:
+        yield Check("lineages", "distill.task_vectors", "ok",
+                    f"{'one device starts' if kin == 1 else f'{kin} devices start'} from the base itself, "
+                    "and what is learned there in its weights is added to it")  # fmt: skip
+    elif recipe.distill.task_vectors:
+        yield Check("lineages", "distill.task_vectors", "warning", NO_KIN, WITHOUT_KIN)
