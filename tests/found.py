@@ -20,7 +20,7 @@ from deepfusion.artifacts import (
     Work,
 )
 from deepfusion.data.documents import ScoredQuestion
-from deepfusion.findings import Compute, Findings, Measured, Step
+from deepfusion.findings import Compute, Findings, Measured, Step, Traffic
 
 DOMAINS = ("finance", "law", "medicine", "travel")
 SYSTEMS = {
@@ -34,6 +34,8 @@ SYSTEMS = {
     "pooled_text": 0.61,
     "pooled_text_dense": 0.69,
     "dense_kd": 0.78,
+    "fedavg_dense": 0.58,
+    "btx": 0.63,
     "centralized": 0.90,
 }
 DEVICES = [f"d{i:02d}" for i in range(16)]
@@ -134,6 +136,7 @@ def findings(folder: Path, devices: list[str], **changes: Any) -> Findings:
             ),
         ),
         uploads=uploads,
+        baselines={"fedavg_dense": Traffic(5, 90_000_000, 80_000_000), "btx": Traffic(1, 18_000_000, 16_000_000)},
         intake=Intake(
             folder=folder,
             accepted=tuple(devices),

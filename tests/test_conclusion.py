@@ -99,7 +99,7 @@ def test_shifting_is_charged_to_those_who_learn_from_it(tmp_path: Path) -> None:
     students: dict[str, Checkpoint] = dict.fromkeys(names, student)
     shifted = found.transfer.model_copy(update={"work": Work(tokens=5, forward=7.0)})
     parts = {
-        given is not None: _compute(recipe(tmp_path), found.transfer, given, [], students, [], None)
+        given is not None: _compute(recipe(tmp_path), found.transfer, given, [], students, [], {})
         for given in (None, shifted)
     }
     added = [part for part in parts[True] if part not in parts[False]]

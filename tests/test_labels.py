@@ -1,5 +1,7 @@
-from deepfusion.config import EvaluatePhase
-from deepfusion.labels import BOUNDS, CONTROLS, SUBSETS, counted, in_order, joined, kind, label, left_out
+from typing import get_args
+
+from deepfusion.config.phases import Reference
+from deepfusion.labels import BASELINES, BOUNDS, CONTROLS, SUBSETS, counted, in_order, joined, kind, label, left_out
 from deepfusion.metrics import SUBSETS as MEASURED
 
 
@@ -18,16 +20,16 @@ def test_names_in_a_row() -> None:
 
 
 def test_systems_in_the_order_of_the_method() -> None:
-    given = {"centralized", "mine", "dense_kd", "deepfusion", "device_ensemble", "device", "base"}
-    order = ["base", "device", "device_ensemble", "deepfusion", "dense_kd", "centralized", "mine"]
+    given = {"centralized", "mine", "btx", "dense_kd", "deepfusion", "device_ensemble", "device", "base"}
+    order = ["base", "device", "device_ensemble", "deepfusion", "dense_kd", "btx", "centralized", "mine"]
     assert in_order(given) == order
-    assert [kind(name) for name in order] == ["stage"] * 4 + ["control", "bound", "other"]
+    assert [kind(name) for name in order] == ["stage"] * 4 + ["control", "baseline", "bound", "other"]
     assert (label("device"), label("mine")) == ("devices", "mine")
 
 
 def test_everything_measured_has_a_name() -> None:
     assert set(SUBSETS) == set(MEASURED)
-    assert set(CONTROLS | BOUNDS) == set(EvaluatePhase().references)
+    assert set(CONTROLS | BASELINES | BOUNDS) == set(get_args(Reference))
 
 
 def test_a_rejection_names_its_device_once() -> None:

@@ -23,6 +23,7 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "results.md"
 NAMED = {
     "versions": "<package>",
     "bytes.per_device": "<device>",
+    "bytes.baselines": "<system>",
     "memory.device_peak_bytes": "<device>",
     "corpus.counts": "<what>",
     "transfer.counts": "<kind>",
@@ -42,8 +43,13 @@ class Traffic(Strict):
     down: int
 
 
+class Rounds(Traffic):
+    rounds: int
+
+
 class Bytes(Traffic):
     per_device: dict[str, Traffic]
+    baselines: dict[str, Rounds]
 
 
 class Memory(Strict):

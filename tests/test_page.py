@@ -197,7 +197,12 @@ def test_what_devices_were_sent_is_told_if_anything_was(tmp_path: Path, down: di
 def test_every_device_says_how_it_trained_and_what_that_took(tmp_path: Path) -> None:
     section = costs.traffic(findings(tmp_path, DEVICES))
     assert section is not None
-    [table] = section.tables
+    table, baselines = section.tables
+    assert baselines.rows[1:] == [
+        ["FedAvg (dense)", "5", "85.8 MiB", "76.3 MiB"],
+        ["Branch-Train-MiX", "1", "17.2 MiB", "15.3 MiB"],
+    ]
+    assert baselines.rows[0][:3] == ["DeepFusion MoE", "1", "15.6 KiB"]
     assert column(table, "method")["d01"] == "lora"
     assert column(table, "trained")["d01"] == "4,000"
     assert column(table, "peak memory") == {device: "192.0 MiB" if device != "d00" else "" for device in DEVICES}

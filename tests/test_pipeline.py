@@ -16,7 +16,9 @@ from deepfusion.artifacts import MANIFEST, Report, Upload
 from deepfusion.config import LoRA, Runtime
 from deepfusion.errors import InputError
 from deepfusion.phases import device
+from deepfusion.steps import BESIDE
 from deepfusion.weights import WEIGHTS, Part, tensors, write
+from seen import Seen
 from tiny import HERE, recipe
 
 SYSTEMS = {
@@ -24,26 +26,6 @@ SYSTEMS = {
     "merged", "deepfusion", "pooled_text", "pooled_text_dense", "dense_kd", "centralized",
 }  # fmt: skip
 DEVICES = [f"device-0{n}" for n in range(4)]
-
-
-class Seen:
-    """A watcher that notes what was run, found and said."""
-
-    def __init__(self) -> None:
-        self.ran: list[str] = []
-        self.found: list[str] = []
-        self.said: list[str] = []
-
-    def started(self, name: str, folder: Path) -> None: ...
-
-    def finished(self, name: str, seconds: float, cached: bool) -> None:
-        (self.found if cached else self.ran).append(name)
-
-    def failed(self, name: str, reason: str) -> None:
-        self.said.append(reason)
-
-    def message(self, text: str) -> None:
-        self.said.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +82,7 @@ def test_results_follow_their_schema(done: tuple[Path, Report, Seen]) -> None:
     for step in found["phases"]:
         assert {"name", "item", "seconds", "cpu_seconds", "cached", "tokens", "flops"} <= set(step)
     unwanted = {"take", "materialise", "shift", "task_vectors", "own_vector", "consult", "report"}
+    unwanted |= BESIDE - {"upcycle"}
     assert {step["name"] for step in found["phases"]} == set(pipeline.STEPS) - unwanted
 
 
@@ -244,6 +227,7 @@ def test_an_upload_with_nan_is_rejected_by_name(
     out, seen = again(without="device-02")
     reason = left_out(out, seen)
     assert reason.startswith("device device-02: its model: tensor ")
+    assert reason in seen.said  # not in the report alone
     assert reason.endswith("holds NaN or infinity")
 
 
@@ -419,6 +403,10 @@ def test_what_devices_learned_in_the_base_is_added_to_it(
     assert "task_vectors" in systems
     _, seen = again(*models, "evaluate.references=[]", "distill.task_vectors=0.25", "distill.own_task_vectors=true")
     assert {"own_vector cluster-0", "own_vector cluster-1"} <= set(seen.ran)
+    assert not any("no device starts from the base" in text for text in seen.said)
+    out, seen = again("evaluate.references=[]", "distill.task_vectors=0.25")
+    [told] = [text for text in results(out)["warnings"] if text in seen.said and "task_vectors" in text]
+    assert told.startswith("no device starts from the base itself")
     out, seen = again(*models, "evaluate.references=[]", "distill.task_vectors=0", without="branch")
     assert {"joint", "branch cluster-0"} <= set(seen.ran)
     assert "task_vectors" not in seen.ran + seen.found + [row["system"] for row in results(out)["rows"]]

@@ -92,7 +92,8 @@ def test_times_are_of_the_run_that_did_the_work(results: dict[str, Any]) -> None
             phase["cached"] = cached
         lines = printed(overview(results))
         assert "device 16 3 min 12 s 3 min 04 s" in lines
-        assert lines[-1] == "Times are those of the runs that did the work, summed over steps."
+        assert lines[-2] == "Times are those of the runs that did the work, summed over steps."
+        assert lines[-1] == "left out: d99: its config.json is not JSON"
 
 
 # ── runs that are not finished ────────────────────────────────────────────────────────────────────────────────────────

@@ -8,7 +8,7 @@ import torch
 
 from deepfusion import checkpoints
 from deepfusion.artifacts import Checkpoint, Corpus, Work
-from deepfusion.config import MadeModel, Runtime
+from deepfusion.config import PLAIN, MadeModel, Runtime
 from deepfusion.data.batches import Schedule
 from deepfusion.data.documents import Document, read_jsonl
 from deepfusion.data.lessons import lessons
@@ -17,7 +17,6 @@ from deepfusion.errors import reading_inputs
 from deepfusion.families import family
 from deepfusion.objectives import build_objective
 from deepfusion.store import link_tree
-from deepfusion.students import PLAIN
 from deepfusion.training import Learner, fit
 
 

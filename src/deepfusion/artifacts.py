@@ -153,6 +153,15 @@ class Checkpoint(Artifact):
     losses: tuple[tuple[int, float], ...] = ()  # (step, training loss) of the training that made it
 
 
+class Round(Checkpoint):
+    """A model averaged from what devices made of the one that they were sent, and what that took so far."""
+
+    number: int  # how often devices have been sent a model
+    down_bytes: int  # sent to all devices in all rounds
+    up_bytes: int  # sent by all devices in all rounds
+    heldout: tuple[tuple[int, float], ...] = ()  # of the best round: each round's number and loss on held-out text
+
+
 class Upload(Artifact):
     """What one device sends, once: `model/` or `adapter/`, and an embedding of its text (m_n, e_n).
 

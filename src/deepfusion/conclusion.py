@@ -16,6 +16,7 @@ from deepfusion.artifacts import (
     Intake,
     Proxy,
     Report,
+    Round,
     Scores,
     Teaching,
     TransferSet,
@@ -23,10 +24,11 @@ from deepfusion.artifacts import (
     Work,
 )
 from deepfusion.config import Recipe
-from deepfusion.findings import Compute, Findings, Measured, Step
+from deepfusion.findings import Compute, Findings, Measured, Step, Traffic
 from deepfusion.labels import CONTROLS
 from deepfusion.metrics import ensemble
 from deepfusion.phases.report import model_card, report
+from deepfusion.steps import BESIDE
 
 ENSEMBLES = {"device": "device_ensemble", "proxy": "proxy_ensemble", "branch": "branch_ensemble"}
 FOLDERS = re.compile(r"(?<![\w.:/~-])(?:/[^\s/'\",:;()]+)+/(?=[^\s/'\",:;()])")
@@ -45,9 +47,10 @@ def conclude(
     branches: Sequence[Checkpoint],
     scores: Sequence[Scores],
     phases: Sequence[Mapping[str, Any]],
-    copies: Checkpoint | None = None,
     warnings: Sequence[str] = (),
     *,
+    starts: Mapping[str, Checkpoint] | None = None,
+    rounds: Mapping[str, Sequence[Round]] | None = None,
     shifted: TransferSet | None = None,
     into: Path,
 ) -> Report:
@@ -57,7 +60,8 @@ def conclude(
         students: `joint_student`, `merged`, `deepfusion` and the references, by name.
         phases: what each step cost, as the engine saw it.
         warnings: what else is to be said of the run.
-        copies: the MoE of copies of the base that `pooled_text` starts from, if there is one.
+        starts: reference → the MoE that its training starts from, if it is one.
+        rounds: baseline → what its devices have sent and were sent, in parts that add up.
         shifted: the transfer set as `shift` made it, if students learned from that.
     """
     tree = portable(recipe.model_dump(mode="json"))
@@ -74,8 +78,9 @@ def conclude(
         clusters=clusters,
         proxies=proxies,
         transfer=transfer,
-        compute=_compute(recipe, transfer, shifted, teachings, students, branches, copies),
+        compute=_compute(recipe, transfer, shifted, teachings, students, branches, starts or {}),
         steps=[_step(facts, set(recipe.evaluate.references)) for facts in phases],
+        baselines={name: _traffic(parts) for name, parts in (rounds or {}).items()},
         losses={
             **{
                 name: student.losses
@@ -130,7 +135,7 @@ def _compute(
     teachings: Sequence[Teaching],
     students: Mapping[str, Checkpoint],
     branches: Sequence[Checkpoint],
-    copies: Checkpoint | None,
+    starts: Mapping[str, Checkpoint],
 ) -> list[Compute]:
     """Server compute by system and part. All that learn from the transfer text are charged for having it written."""
     asked = sum((teaching.work for teaching in teachings), Work())
@@ -151,20 +156,25 @@ def _compute(
         Compute("deepfusion", "tune", tuned),
     ]
     for name, student in students.items():
-        if name in CONTROLS:
+        if name in CONTROLS or name == "btx":
             parts.append(Compute(name, "write", transfer.work))
             if name == "dense_kd":
                 parts += [Compute(name, "consult", asked), Compute(name, "shift", shifting)]
-            if name == "pooled_text" and copies is not None:
-                parts.append(Compute(name, "router", copies.work))
+            if name in starts:
+                parts.append(Compute(name, "router", starts[name].work))
             parts.append(Compute(name, "train", student.work))
         elif name == "centralized":
             parts.append(Compute(name, "train", student.work))
     return [part for part in parts if part.work.token_parameters]
 
 
+def _traffic(parts: Sequence[Round]) -> Traffic:
+    down, up = sum(part.down_bytes for part in parts), sum(part.up_bytes for part in parts)
+    return Traffic(max(part.number for part in parts), down, up)
+
+
 def _step(facts: Mapping[str, Any], references: set[str]) -> Step:
     name = facts["name"]
-    reference = name in references or name == "upcycle"  # the MoE of copies that references start from
+    reference = name in references or name in BESIDE
     side = "reference" if reference else "device" if name == "device" else "server"
     return Step(**facts, side=side)

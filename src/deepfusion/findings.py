@@ -94,6 +94,15 @@ class Device:
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """What a baseline puts on the wire, all devices and rounds together."""
+
+    rounds: int
+    down: int  # bytes
+    up: int
+
+
+@dataclass(frozen=True)
 class Findings:
     """Everything that the report tells; what a run did not have stays empty and takes its section with it."""
 
@@ -111,6 +120,7 @@ class Findings:
     compute: Sequence[Compute] = ()
     steps: Sequence[Step] = ()
     bytes_down: Mapping[str, int] = field(default_factory=dict)  # device → bytes it was sent
+    baselines: Mapping[str, Traffic] = field(default_factory=dict)  # by name, of those with rounds of their own
     losses: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)  # name → (step, loss); "device …"
     warnings: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=versions)

@@ -36,11 +36,13 @@ CONTROLS = {
     "pooled_text_dense": "pooled text (dense)",
     "dense_kd": "distillation (dense)",
 }
+BASELINES = {"fedavg_dense": "FedAvg (dense)", "btx": "Branch-Train-MiX"}
 BOUNDS = {"centralized": "centralised training"}
-SYSTEMS = STAGES | CONTROLS | BOUNDS
+SYSTEMS = STAGES | CONTROLS | BASELINES | BOUNDS
 KINDS = {
     "stage": "this run, stage by stage: text stays on devices",
     "control": "controls: the same text, the same server compute",
+    "baseline": "baselines: every device trains the base, compute of their own",
     "bound": "upper bound: all private text in one place, compute of its own",
     "other": "others",
 }
@@ -48,12 +50,12 @@ KINDS = {
 
 def kind(system: str) -> str:
     """What a system is beside the run: a key of `KINDS`."""
-    of = {"stage": STAGES, "control": CONTROLS, "bound": BOUNDS}
+    of = {"stage": STAGES, "control": CONTROLS, "baseline": BASELINES, "bound": BOUNDS}
     return next((name for name, systems in of.items() if system in systems), "other")
 
 
 def in_order(systems: set[str]) -> list[str]:
-    """Stages in the method's order, then controls, bounds, and what we do not know by name."""
+    """Stages in the method's order, then controls, baselines, bounds, and what we do not know by name."""
     return [name for name in SYSTEMS if name in systems] + sorted(systems - SYSTEMS.keys())
 
 

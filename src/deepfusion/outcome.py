@@ -30,6 +30,7 @@ def results(findings: Findings, rows: Sequence[ResultRow]) -> dict[str, Any]:
             "up": sum(up.values()),
             "down": sum(down.values()),
             "per_device": {name: {"up": up.get(name, 0), "down": down.get(name, 0)} for name in sorted({*up, *down})},
+            "baselines": {name: asdict(traffic) for name, traffic in findings.baselines.items()},
         },
         "memory": {"device_peak_bytes": devices, "server_peak_bytes": server},
         "devices": [asdict(device) for device in findings.devices()],

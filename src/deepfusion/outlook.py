@@ -50,10 +50,29 @@ def _phases(recipe: Recipe) -> Iterator[tuple[str, int, str]]:
     yield "tune", int(shares.tune > 0), one
     yield "upcycle", int(bool({"pooled_text", "centralized"} & references)), one
     for name in dict.fromkeys(recipe.evaluate.references):
+        yield from _baseline(recipe, name, devices, given=given)
         yield name, 1, one
     models = 4 + vectors + devices + 2 * k + len(references)  # four: base, joint student, merged and tuned MoE
     yield "evaluate", models, _several(models, "for each model", at_least=True)
     yield "report", 1, one
+
+
+def _baseline(recipe: Recipe, name: str, devices: int, *, given: bool) -> Iterator[tuple[str, int, str]]:
+    """What comes before a baseline for which devices train."""
+    adapters, one = recipe.device.upload == "adapter", "depends on steps that have not run"
+    if name == "fedavg_dense":
+        rounds = recipe.baselines.fedavg_dense.rounds
+        trained = devices * rounds
+        each = "for each device and round"
+        yield "fedavg_device", trained, _several(trained, each, at_least=given)
+        yield "fedavg_materialise", trained * adapters, _several(trained, each, at_least=given)
+        yield "fedavg_round", rounds, _several(rounds, "for each round")
+    if name == "btx":
+        k = recipe.cluster.k
+        yield "btx_device", devices, _several(devices, "for each device", at_least=given)
+        yield "btx_materialise", devices * adapters, _several(devices, "for each device", at_least=given)
+        yield "btx_branch", k, _several(k, "for each cluster")
+        yield "btx_merge", 1, one
 
 
 def _several(count: int, each: str, *, at_least: bool = False) -> str:

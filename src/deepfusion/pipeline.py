@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -33,14 +34,16 @@ from deepfusion.config.targets import target_of
 from deepfusion.engine import Engine, StepError, Watcher, futures, resolved
 from deepfusion.errors import InputError, concerns_all
 from deepfusion.inputs import by_content
+from deepfusion.labels import left_out
 from deepfusion.outlook import waiting
 from deepfusion.planner import NotYetRunError, PlannedStep, Planner
-from deepfusion.references import references
-from deepfusion.roles import Teacher
+from deepfusion.references import Given, references
+from deepfusion.roles import NO_KIN, WITHOUT_KIN, Teacher
 from deepfusion.steps import FIRST, LAST, STEPS, placed
 from deepfusion.store import Store, link_tree
 
 A = TypeVar("A", bound=Artifact)
+ROUTED = {"merged", "deepfusion", "pooled_text", "centralized", "btx"}  # systems that are MoEs
 
 
 def run(
@@ -141,6 +144,9 @@ class _Method:
             Intake, "upload", uploads=list(arrived.values()), failures=failures, ancestors=ancestors, lora=lora,
             embedding_bytes=recipe.device.embedding_bytes,
         )  # fmt: skip
+        for rejection in intake.result().rejected:
+            if rejection.device not in failures:  # of which the watcher has been told
+                self.engine.watch.message(left_out(rejection.device, rejection.reason))
         accepted = [arrived[device] for device in intake.result().accepted]
         if lora is not None:
             whole = [
@@ -187,6 +193,7 @@ class _Method:
         start = base
         related = roles.of_lineage(base.result().lineage, proxies, groups) if recipe.distill.task_vectors else []
         kin, at_home = [proxy.model for proxy in related], {proxy.cluster for proxy in related}
+        warned = [f"{NO_KIN}; {WITHOUT_KIN}"] if recipe.distill.task_vectors and not kin else []
         if kin:
             start = self.go(
                 Checkpoint, "task_vectors", base=base, proxies=kin, scale=recipe.distill.task_vectors, priority=FIRST
@@ -240,7 +247,8 @@ class _Method:
                 ask=recipe.distill.teachers, budget=shares.tune * budget, seed=seed, priority=FIRST,
             )  # fmt: skip
 
-        beside, copies = references(self.go, recipe, base, start, corpus, transfer, lessons, teachings, budget)
+        given = Given(recipe, corpus, base, start, accepted, members, transfer, lessons, teachings, budget)
+        beside = references(self.go, given)
         systems: list[tuple[str, str | None, Future[Any] | Artifact]] = [
             ("base", None, base),
             *(("device", upload.device, upload) for upload in accepted),
@@ -250,7 +258,7 @@ class _Method:
             *(("branch", f"cluster-{cluster}", branch) for cluster, branch in enumerate(branches)),
             ("merged", None, merged),
             ("deepfusion", None, moe),
-            *((name, None, model) for name, model in beside.items()),
+            *((name, None, model) for name, model in beside.models.items()),
         ]
         # One model may have several names (a proxy of one member, branches without a budget): it is measured once.
         alone = {
@@ -264,15 +272,17 @@ class _Method:
             step = self.go(
                 Scores, "evaluate", _label(system, item), model=model, corpus=corpus, config=recipe.evaluate,
                 system=system, item=item, priority=LAST + 1,
-                routing=system in ("merged", "deepfusion", "pooled_text", "centralized"), **known,
+                routing=system in ROUTED, **known,
             )  # fmt: skip
             first.setdefault(which, step)
             scores.append(step)
         return self.write_report(
             corpus=corpus, uploads=accepted, intake=intake, clusters=clusters,
             proxies=[proxy.model for proxy in proxies], transfer=transfer, teachings=teachings,
-            students={"joint_student": joint, "merged": merged, "deepfusion": moe, **beside}, branches=branches,
-            scores=scores, copies=copies, shifted=lessons if recipe.distill.shifted else None,
+            students={"joint_student": joint, "merged": merged, "deepfusion": moe, **beside.models},
+            branches=branches,
+            scores=scores, starts=beside.starts, rounds=beside.rounds,
+            shifted=lessons if recipe.distill.shifted else None, warned=warned,
         )  # fmt: skip
 
     def ancestor(
@@ -309,14 +319,14 @@ class _Method:
                 failures[devices[upload]] = reason.replace(f"{self.engine.store.root}{os.sep}", "")
         return {device: arrived[device] for device in uploads if device in arrived}, failures
 
-    def write_report(self, **found: Any) -> Report:
+    def write_report(self, warned: Sequence[str], **found: Any) -> Report:
         """Wait for everything, but for nothing more once something has failed, and write it down."""
         for future in as_completed(futures(found)):
             future.result()
         done: dict[str, Any] = resolved(found)
-        warned = [w for part in (done["clusters"], *done["proxies"]) for w in part.warnings]
-        of_precision = precision.notices([(d.step.phase, d.facts.precision) for d in self.engine.done])
-        for notice in (*of_precision, *done["transfer"].notices, *warned):
+        of_groups = [w for part in (done["clusters"], *done["proxies"]) for w in part.warnings]
+        of_run = [*warned, *precision.notices([(d.step.phase, d.facts.precision) for d in self.engine.done])]
+        for notice in (*of_run, *done["transfer"].notices, *of_groups):
             self.engine.watch.message(notice)
         phases = [
             {
@@ -332,7 +342,7 @@ class _Method:
             }
             for d in self.engine.done
         ]
-        unkeyed = {"phases": phases, "warnings": of_precision}
+        unkeyed = {"phases": phases, "warnings": of_run}
         return self.go(Report, "report", recipe=self.keyed, **done, unkeyed=unkeyed).result()
 
 

@@ -1,57 +1,152 @@
-"""The models that a run is compared with: on the same text at equal server compute, and one that sees everything."""
+"""The models that a run is compared with: controls on the same text at equal server compute, what others do with the
+same devices, and one that sees everything.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
-from deepfusion.artifacts import Checkpoint, Corpus, Teaching, TransferSet
-from deepfusion.config import Recipe
+from deepfusion.artifacts import Artifact, Checkpoint, Clusters, Corpus, Round, Teaching, TransferSet, Upload
+from deepfusion.config import PLAIN, DevicePhase, Recipe
 from deepfusion.steps import LAST
 
+A = TypeVar("A", bound=Artifact)
 
-def references(
-    go: Callable[..., Future[Checkpoint]],
-    recipe: Recipe,
-    base: Future[Checkpoint],
-    start: Future[Checkpoint],
-    corpus: Future[Corpus],
-    transfer: Future[TransferSet],
-    lessons: Future[TransferSet],
-    teachings: list[Future[Teaching]],
-    budget: float,
-) -> tuple[dict[str, Future[Checkpoint]], Future[Checkpoint] | None]:
-    """Name → model of every reference that the recipe wants, and the MoE of copies that some start from (or none).
 
-    `go` submits a step; `start` is what the run's own dense student starts from; `lessons` is the transfer set as
-    students are taught it, shifted or not; `budget` is in token-parameters.
-    """
-    seed, wanted = recipe.seed, dict.fromkeys(recipe.evaluate.references)
-    common = {"transfer": transfer, "teachings": teachings, "seed": seed}
+class Go(Protocol):
+    """Submits a step of the table of steps."""
+
+    def __call__(self, gives: type[A], phase: str, item: str | None = None, /, **arguments: object) -> Future[A]:
+        """As `Engine.submit`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Given:
+    """What of the run the models beside it are made from."""
+
+    recipe: Recipe
+    corpus: Future[Corpus]
+    base: Future[Checkpoint]
+    start: Future[Checkpoint]  # what the run's own dense student starts from
+    uploads: Sequence[Upload]  # of the devices that the run accepted
+    clusters: Clusters
+    transfer: Future[TransferSet]
+    lessons: Future[TransferSet]  # the transfer set as students are taught it, shifted or not
+    teachings: Sequence[Future[Teaching]]
+    budget: float  # token-parameters
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What stands beside the run."""
+
+    models: dict[str, Future[Checkpoint]] = field(default_factory=dict)  # name → model, as the recipe wants them
+    starts: dict[str, Future[Checkpoint]] = field(default_factory=dict)  # name → the MoE that its training starts from
+    rounds: dict[str, list[Future[Round]]] = field(default_factory=dict)  # baseline → what its devices have done for it
+
+
+def references(go: Go, given: Given) -> Beside:
+    """Every reference that the recipe wants."""
+    recipe = given.recipe
+    wanted = dict.fromkeys(recipe.evaluate.references)
+    beside = Beside()
+    if routed := [name for name in ("pooled_text", "centralized") if name in wanted]:
+        beside.starts.update(dict.fromkeys(routed, _merged(go, given, "upcycle", [given.base] * recipe.cluster.k)))
+    common = {"teachings": list(given.teachings), "seed": recipe.seed, "priority": LAST, "budget": given.budget}
     training = recipe.distill.training  # no more of it: another objective leaves plain training as it was
-    copies: Future[Checkpoint] | None = None
-    if {"pooled_text", "centralized"} & wanted.keys():
-        copies = go(
-            Checkpoint, "upcycle", students=[base] * recipe.cluster.k, transfer=transfer, config=recipe.assemble,
-            seed=seed, priority=LAST,
-        )  # fmt: skip
-    result: dict[str, Future[Checkpoint]] = {}
     for name in wanted:
         if name == "centralized":
-            result[name] = go(
-                Checkpoint, name, moe=copies, corpus=corpus, training=training, config=recipe.evaluate,
-                balance=recipe.tune.balance, seed=seed, priority=LAST - 1,
+            made = go(
+                Checkpoint, name, moe=beside.starts[name], corpus=given.corpus, training=training,
+                config=recipe.evaluate, balance=recipe.tune.balance, seed=recipe.seed, priority=LAST - 1,
             )  # fmt: skip
+        elif name == "fedavg_dense":
+            made = _fedavg(go, given, beside)
+        elif name == "btx":
+            made = _btx(go, given, beside)
         elif name == "dense_kd":
-            paid = {} if lessons is transfer else {"paid": [lessons]}
-            result[name] = go(
-                Checkpoint, name, base=start, config=recipe.distill, budget=budget, priority=LAST,
-                **(common | {"transfer": lessons}), **paid,
+            paid = {} if given.lessons is given.transfer else {"paid": [given.lessons]}
+            made = go(
+                Checkpoint, name, base=given.start, transfer=given.lessons, config=recipe.distill, **common, **paid
             )  # fmt: skip
         else:
-            result[name] = go(
-                Checkpoint, name, model=copies if name == "pooled_text" else base, training=training,
-                budget=budget, balance=recipe.tune.balance if name == "pooled_text" else 0.0, priority=LAST,
-                **common,
+            made = go(
+                Checkpoint, name, model=beside.starts.get(name, given.base), transfer=given.transfer,
+                training=training, balance=recipe.tune.balance if name in beside.starts else 0.0, **common,
             )  # fmt: skip
-    return result, copies
+        beside.models[name] = made
+    return beside
+
+
+def _merged(go: Go, given: Given, phase: str, students: Sequence[Future[Checkpoint]]) -> Future[Checkpoint]:
+    return go(
+        Checkpoint, phase, students=list(students), transfer=given.transfer, config=given.recipe.assemble,
+        seed=given.recipe.seed, priority=LAST,
+    )  # fmt: skip
+
+
+# ── devices that all train the base ───────────────────────────────────────────────────────────────────────────────────
+
+
+def _fedavg(go: Go, given: Given, beside: Beside) -> Future[Any]:
+    recipe = given.recipe
+    model: Future[Any] = given.base
+    config = recipe.baselines.fedavg_dense
+    epochs = config.epochs or recipe.device.epochs / config.rounds
+    device = recipe.device.model_copy(update={"epochs": epochs})
+    rounds: list[Future[Round]] = []
+    for number in range(1, config.rounds + 1):
+        sent = [_trained(go, given, "fedavg", f"round-{number}-", n, model, device) for n in range(len(given.uploads))]
+        model = go(Round, "fedavg_round", str(number), sent=model, uploads=sent, weights="tokens", priority=LAST)
+        rounds.append(model)
+    best = go(
+        Round, "fedavg_dense", rounds=rounds, corpus=given.corpus, training=recipe.device.training, priority=LAST
+    )  # fmt: skip
+    beside.rounds["fedavg_dense"] = [best]
+    return best
+
+
+def _btx(go: Go, given: Given, beside: Beside) -> Future[Checkpoint]:
+    recipe = given.recipe
+    place = {upload.device: n for n, upload in enumerate(given.uploads)}
+    branches: list[Future[Any]] = []
+    for cluster, members in enumerate(given.clusters.members):
+        if not members:  # which happens only where there are fewer devices than clusters
+            branches.append(given.base)
+            continue
+        sent = [_trained(go, given, "btx", "", place[name], given.base, recipe.device) for name in members]
+        branch = go(
+            Round, "btx_branch", f"cluster-{cluster}", sent=given.base, uploads=sent, weights=recipe.proxy.weights,
+            priority=LAST,
+        )  # fmt: skip
+        branches.append(branch)
+        beside.rounds.setdefault("btx", []).append(branch)
+    beside.starts["btx"] = _merged(go, given, "btx_merge", branches)
+    return go(
+        Checkpoint, "btx", moe=beside.starts["btx"], transfer=given.transfer, teachings=[],
+        config=recipe.tune.model_copy(update={"objective": PLAIN}), budget=given.budget, seed=recipe.seed,
+        priority=LAST,
+    )  # fmt: skip
+
+
+def _trained(
+    go: Go, given: Given, baseline: str, prefix: str, number: int, model: Future[Any], config: DevicePhase
+) -> Future[Upload]:
+    """What an accepted device makes of a model that it is sent; of an adapter that it sends, the whole model."""
+    device = given.uploads[number].device
+    # Nobody asks what its text is about: the run's clusters stand.
+    config = config.model_copy(update={"encoder": "hashing"})
+    upload = go(
+        Upload, f"{baseline}_device", f"{prefix}{device}", device=device, ancestor=model, ancestor_name="base",
+        corpus=given.corpus, config=config, seed=given.recipe.seed + 1000 + number, priority=LAST,
+    )  # fmt: skip
+    if config.upload != "adapter":
+        return upload
+    return go(
+        Upload, f"{baseline}_materialise", f"{prefix}{device}", upload=upload, ancestor=model, lora=config.lora,
+        priority=LAST,
+    )  # fmt: skip

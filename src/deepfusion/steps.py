@@ -12,6 +12,7 @@ from deepfusion.artifacts import (
     Intake,
     Proxy,
     Report,
+    Round,
     Scores,
     Teaching,
     TransferSet,
@@ -43,10 +44,20 @@ STEPS: dict[str, tuple[str, type[Artifact], int]] = {
     "pooled_text": ("deepfusion.baselines.controls:pooled_text", Checkpoint, 3),
     "pooled_text_dense": ("deepfusion.baselines.controls:pooled_text", Checkpoint, 1),
     "dense_kd": ("deepfusion.baselines.controls:dense_kd", Checkpoint, 3),
+    "fedavg_device": ("deepfusion.phases.device:train_device", Upload, 1),
+    "fedavg_materialise": ("deepfusion.phases.upload:materialise", Upload, 1),
+    "fedavg_round": ("deepfusion.baselines.homogeneous:average_round", Round, 1),
+    "fedavg_dense": ("deepfusion.baselines.homogeneous:best_round", Round, 1),
+    "btx_device": ("deepfusion.phases.device:train_device", Upload, 1),
+    "btx_materialise": ("deepfusion.phases.upload:materialise", Upload, 1),
+    "btx_branch": ("deepfusion.baselines.homogeneous:average_round", Round, 1),
+    "btx_merge": ("deepfusion.phases.assemble:merge", Checkpoint, 1),
+    "btx": ("deepfusion.phases.tune:tune", Checkpoint, 1),
     "centralized": ("deepfusion.baselines.controls:centralized", Checkpoint, 2),
     "evaluate": ("deepfusion.phases.evaluate:evaluate", Scores, 2),
     "report": ("deepfusion.conclusion:conclude", Report, 2),
 }
+BESIDE = {"upcycle", *(name for name in STEPS if name.startswith(("fedavg_", "btx")))}  # what references are made of
 FIRST, LAST = -10, 10  # priorities: the run's own critical path, and what only stands beside it
 
 

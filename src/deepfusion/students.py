@@ -11,7 +11,7 @@ import torch
 
 from deepfusion import checkpoints
 from deepfusion.artifacts import Checkpoint, Teaching, TransferSet, Work
-from deepfusion.config import LogitsObjective, Runtime, Training, VAAObjective
+from deepfusion.config import PLAIN, LogitsObjective, Runtime, Training, VAAObjective
 from deepfusion.data.batches import Schedule
 from deepfusion.data.coverage import SPANS
 from deepfusion.data.documents import TransferDocument, read_jsonl
@@ -23,7 +23,6 @@ from deepfusion.objectives import build_objective
 from deepfusion.signals import Signals
 from deepfusion.training import Learner, fit
 
-PLAIN = LogitsObjective(beta=0, focus=0, across=SPANS)  # cross-entropy alone
 PASSES = 3.0  # a token's forward counts its active parameters once, its backward twice
 
 

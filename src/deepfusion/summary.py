@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from deepfusion.planner import PlannedStep
 
 INSIDE = ("clusters", "transfer", "routing", "bytes", "memory", "rejected", "warnings")
-KINDS = {"control": "same text and compute:", "bound": "all text in one place:", "other": "others:"}
+KINDS = {
+    "control": "same text and compute:",
+    "baseline": "devices share a model:",
+    "bound": "all text in one place:",
+    "other": "others:",
+}
 ALWAYS = ("data", "device", "upload", "cluster", "proxy", "transfer", "assemble", "evaluate", "report")
 
 
@@ -95,15 +100,19 @@ def overview(results: Mapping[str, Any]) -> list[RenderableType]:
         tables.append(_by_subset([row for row in rows if row["metric"] == "token_accuracy"]))
     notes = ["Server compute beside a system is in multiples of deepfusion's."] if spent else []
     notes.append("Times are those of the runs that did the work, summed over steps.")
-    return [*_spaced([*tables, _compute(parts), _time(results["phases"])]), *notes]
+    return [*_spaced([*tables, _compute(parts), _time(results["phases"])]), *notes, *_left_out(results)]
 
 
 def inspection(results: Mapping[str, Any]) -> list[RenderableType]:
     """Clusters and their teachers, devices and what they sent, routing, and what was warned of."""
-    rejected = [f"left out: {escape(left_out(r['device'], r['reason']))}" for r in results["rejected"]]
+    rejected = _left_out(results)
     warnings = [f"warning: {escape(warning)}" for warning in results.get("warnings", [])]
     tables = [_clusters(results), _devices(results), _routing(results.get("routing", {}))]
     return [*_spaced(tables), *rejected, *warnings]
+
+
+def _left_out(results: Mapping[str, Any]) -> list[str]:
+    return [f"left out: {escape(left_out(r['device'], r['reason']))}" for r in results["rejected"]]
 
 
 def _spaced(tables: Sequence[Table]) -> list[RenderableType]:

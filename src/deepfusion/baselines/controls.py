@@ -12,13 +12,13 @@ from pathlib import Path
 
 from deepfusion import checkpoints
 from deepfusion.artifacts import Artifact, Checkpoint, Corpus, Teaching, TransferSet
-from deepfusion.config import DistillPhase, EvaluatePhase, Runtime, Training
+from deepfusion.config import PLAIN, DistillPhase, EvaluatePhase, Runtime, Training
 from deepfusion.data.documents import Document, read_jsonl
 from deepfusion.data.lessons import lessons
 from deepfusion.data.tokens import Tokenizer
 from deepfusion.families import context_length, family
 from deepfusion.phases.distill import distill
-from deepfusion.students import PLAIN, learn, tokens_within, transfer_lessons
+from deepfusion.students import learn, tokens_within, transfer_lessons
 
 CENTRAL_CHECKS = 20
 

@@ -6,9 +6,11 @@ where). `data`, `models` and `phases` hold the sections, `recipe` the whole and 
 `--set`, `faults` words what is wrong with them.
 """
 
+from deepfusion.config.baselines import Baselines, FedAvg
 from deepfusion.config.data import Data, FileData, MadeOptions, Partition, SyntheticData, TextSource
 from deepfusion.config.models import MadeModel, Models, ModelSource, ModelType, Training
 from deepfusion.config.phases import (
+    PLAIN,
     Across,
     AssemblePhase,
     ClusterPhase,
@@ -31,8 +33,10 @@ from deepfusion.config.runtime import Runtime
 from deepfusion.config.section import Section
 
 __all__ = [
+    "PLAIN",
     "Across",
     "AssemblePhase",
+    "Baselines",
     "ClusterPhase",
     "Consultation",
     "Data",
@@ -40,6 +44,7 @@ __all__ = [
     "DistillPhase",
     "EvaluatePhase",
     "Features",
+    "FedAvg",
     "FileData",
     "LoRA",
     "LogitsObjective",

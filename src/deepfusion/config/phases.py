@@ -139,6 +139,10 @@ class LogitsObjective(Section):
     """τ of the span likelihood (arXiv 2503.20083)."""
 
 
+PLAIN = LogitsObjective(beta=0, focus=0, across="span_likelihood")
+"""Cross-entropy alone."""
+
+
 class Features(Section):
     """What is kept of a teacher's hidden states; `VAAObjective` has a sentence on each."""
 
@@ -243,7 +247,7 @@ class DistillPhase(Section):
     shifted: bool = False
     """Teachers' probabilities are taken as a shift of the base's own: base · writer / the writer's public ancestor. For
     bases that are better language models than the devices' (real text); costs a pass of the base over written text."""
-    task_vectors: float = Field(default=0.0, ge=0)
+    task_vectors: float = Field(default=0.0, ge=0, le=2)
     """Where devices' public ancestor is the base itself, students start from the base plus this times what each
     cluster's average of these devices has changed in it (task arithmetic, arXiv 2212.04089), before anything is
     distilled. Without such devices it changes nothing."""
@@ -257,8 +261,8 @@ class DistillPhase(Section):
     """What a branch may change: ffn keeps everything that assembly averages (Eq. 13) as it was."""
     training: Training = Training()
     joint_rate: float = Field(default=1.0, gt=0)
-    """The joint student trains at this share of the learning rate, at which the controls train that start from the
-    base: less of it where the student starts from task vectors, and has something to lose."""
+    """The joint student trains at this share of the learning rate, and controls that start from the base at all of
+    it. Lower it where the student starts from task vectors, and so has something to lose."""
     branch_rate: float = Field(default=0.25, gt=0)
     """Branches train at this share of the learning rate: what the joint student knows is not to be unlearned."""
 
@@ -370,16 +374,21 @@ class TunePhase(Section):
     training: Training = Training(learning_rate=3e-4)
 
 
+Reference = Literal["pooled_text", "pooled_text_dense", "dense_kd", "centralized", "fedavg_dense", "btx"]
+
+
 class EvaluatePhase(Section):
     """What is measured, and against which controls."""
 
-    references: tuple[Literal["pooled_text", "pooled_text_dense", "dense_kd", "centralized"], ...] = (
+    references: tuple[Reference, ...] = (
         "pooled_text",
         "pooled_text_dense",
         "dense_kd",
         "centralized",
     )
-    """Controls to train beside the run; the first three at equal server compute."""
+    """What to train beside the run: the controls pooled_text, pooled_text_dense and dense_kd at equal server compute,
+    the upper bound centralized, and the baselines fedavg_dense (rounds of averaging one dense model) and btx
+    (Branch-Train-MiX), for which every device trains the base."""
     centralized_tokens: int = Field(default=3_000_000, ge=1)
     """Most tokens the centralised MoE may train on; it stops earlier when held-out text no longer improves."""
     patience: int = Field(default=3, ge=1)

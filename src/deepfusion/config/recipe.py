@@ -10,6 +10,7 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from deepfusion.config import tree as trees
+from deepfusion.config.baselines import Baselines
 from deepfusion.config.data import Data
 from deepfusion.config.faults import explain
 from deepfusion.config.models import Models
@@ -46,6 +47,7 @@ class Recipe(Section):
     assemble: AssemblePhase = AssemblePhase()
     tune: TunePhase = TunePhase()
     evaluate: EvaluatePhase = EvaluatePhase()
+    baselines: Baselines = Baselines()
 
     @field_validator("name")
     @classmethod
@@ -79,7 +81,10 @@ class Recipe(Section):
                 f"shifted, not {self.tune.objective.across}"
             )
         if self.assemble.top_k > self.cluster.k:
-            raise ValueError(f"assemble.top_k is {self.assemble.top_k} but there are only {self.cluster.k} students")
+            raise ValueError(
+                f"assemble.top_k is {self.assemble.top_k}, but cluster.k is {self.cluster.k}, and no token can use "
+                "more experts than there are: lower top_k or raise k"
+            )
         return self
 
     @model_validator(mode="after")

@@ -13,7 +13,6 @@ from deepfusion.config import Training, VAAObjective
 from deepfusion.doctor.extent import Extent
 from deepfusion.doctor.models import Start, trained
 from deepfusion.doctor.shapes import Shape
-from deepfusion.weights import shapes
 
 SIGNAL, SIGNAL_TOKEN = 6, 14  # bytes on disk of a kept alternative, and of a token beside them
 Kind = Literal["train", "write", "read", "files"]
@@ -117,12 +116,7 @@ def _transfer(of: Extent) -> Iterator[Task]:
             taught=tokens, kept=transfer.top_k, disk=_signals(of, tokens), dtype=transfer.dtype,
         )  # fmt: skip
     if of.task_vectors:
-        held = shapes(of.base.folder).values() if of.base.folder else []
-        widest = max([size_of(of.sent), *(dtype.itemsize for dtype, _ in held)])
-        disk = of.base.shape.parameters * widest
-        yield Task("task_vectors", 1, shape=of.base.shape, disk=disk)
-        if of.recipe.distill.own_task_vectors:
-            yield Task("own_vector", min(k, of.kin), shape=of.base.shape, disk=disk)
+        yield Task("task_vectors", 1, shape=of.base.shape, disk=of.base.shape.parameters * of.widest)
     yield from _consulted(of, largest)
 
 
@@ -156,6 +150,8 @@ def _students(of: Extent) -> Iterator[Task]:
     if shares.joint:
         tokens = max(0, shares.joint * budget - shifted)
         yield _training(of, "joint", base, distill.training, tokens, lessons, taught)
+    if of.task_vectors and distill.own_task_vectors:
+        yield Task("own_vector", min(k, of.kin), shape=base, disk=base.parameters * of.widest)
     if shares.branch:
         tokens = shares.branch * budget / k
         yield _training(of, "branch", base, distill.training, tokens, lessons / k, taught / k, steps=k)
@@ -182,6 +178,9 @@ def _beside(of: Extent) -> Iterator[Task]:
     if {"pooled_text", "centralized"} & set(wanted):
         yield _assembly(of, "upcycle", base, moe, own=False)
     for name in dict.fromkeys(wanted):
+        if name in ("fedavg_dense", "btx"):
+            yield from _federated(of, name)
+            continue
         shape = moe if name in ("pooled_text", "centralized") else base
         tokens = of.left(1, base, moe) if name == "pooled_text" else distill.budget_tokens
         if name == "centralized":
@@ -195,12 +194,40 @@ def _beside(of: Extent) -> Iterator[Task]:
     yield Task("report", 1)
 
 
+def _federated(of: Extent, name: str) -> Iterator[Task]:
+    """A baseline for which every device trains the base."""
+    recipe, base, known = of.recipe, of.base.shape, of.known(of.base)
+    device, devices = recipe.device, len(of.text.private)
+    rounds = recipe.baselines.fedavg_dense.rounds if name == "fedavg_dense" else 1
+    epochs = (name == "fedavg_dense" and recipe.baselines.fedavg_dense.epochs) or device.epochs / rounds
+    own, public = known.tokens(of.text.everyones) / devices, known.tokens(of.text.public)
+    tokens = epochs * (own + min(public, own * device.replay))
+    short = name.removesuffix("_dense")
+    task = _training(
+        of, f"{short}_device", base, device.training, tokens, own + public, steps=rounds * devices, own=False
+    )  # fmt: skip
+    yield task if device.method == "full" else _adapting(of, task, trained(of.base, recipe))
+    whole = base.parameters * size_of(of.sent)
+    if device.upload == "adapter":
+        yield Task(f"{short}_materialise", rounds * devices, shape=base, disk=whole, own=False)
+    if name == "fedavg_dense":
+        yield Task("fedavg_round", rounds, shape=base, disk=whole, own=False)
+        kept = float(rounds * known.tokens(of.text.heldout))
+        batch = device.training.rows * device.training.context
+        yield Task(name, 1, "read", base, kept, forward=kept * base.active, batch=batch, own=False)
+        return
+    yield Task("btx_branch", recipe.cluster.k, shape=base, disk=whole, own=False)
+    yield _assembly(of, "btx_merge", base, of.moe, own=False)
+    held = of.held(only_public=recipe.tune.text == "public")
+    yield _training(of, name, of.moe, recipe.tune.training, of.left(1, base, of.moe), held[0], own=False)
+
+
 def _evaluations(of: Extent, base: Shape, moe: Shape) -> Iterator[Task]:
     recipe, k = of.recipe, of.recipe.cluster.k
     wanted = recipe.evaluate.references
     students = 2 + of.task_vectors + k  # base and joint student
-    students += len({"pooled_text_dense", "dense_kd"} & set(wanted))
-    routed = 2 + len({"pooled_text", "centralized"} & set(wanted))  # merged and tuned
+    students += len({"pooled_text_dense", "dense_kd", "fedavg_dense"} & set(wanted))
+    routed = 2 + len({"pooled_text", "centralized", "btx"} & set(wanted))  # merged and tuned
     count, members = of.proxies()
     yield _evaluation(of, of.base, base, students)
     yield _evaluation(of, of.base, moe, routed, passes=1 + k * (recipe.evaluate.removal and k > 1))

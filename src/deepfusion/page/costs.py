@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from deepfusion import figures
 from deepfusion.artifacts import Work
-from deepfusion.findings import RESULT, Compute, Findings
+from deepfusion.findings import RESULT, Compute, Findings, Traffic
 from deepfusion.labels import label, left_out
 from deepfusion.page.parts import Section, Table
 
@@ -37,6 +37,15 @@ PHASES = {
     "pooled_text": "control trained",
     "pooled_text_dense": "control trained",
     "dense_kd": "control trained",
+    "fedavg_device": "devices' training of the base, in rounds",
+    "fedavg_materialise": "adapters added to the model of the round",
+    "fedavg_round": "models of a round averaged",
+    "fedavg_dense": "best round found by held-out text",
+    "btx_device": "devices' training of the base",
+    "btx_materialise": "adapters added to the base",
+    "btx_branch": "models of a cluster averaged",
+    "btx_merge": "branches made into one MoE",
+    "btx": "baseline trained",
     "centralized": "upper bound trained",
     "evaluate": "test questions answered",
 }
@@ -115,7 +124,18 @@ def traffic(findings: Findings) -> Section | None:
         ],
         texts=4,
     )
-    return Section("traffic", "Communication and memory", [" ".join(text)], figures=[figure], tables=[table])
+    tables = [table, _of_baselines(findings)] if findings.baselines else [table]
+    return Section("traffic", "Communication and memory", [" ".join(text)], figures=[figure], tables=tables)
+
+
+def _of_baselines(findings: Findings) -> Table:
+    own = Traffic(1, sum(findings.bytes_down.values()), sum(findings.bytes_up().values()))
+    rows = [
+        [label(name), f"{one.rounds:,}", figures.size(one.down), figures.size(one.up)]
+        for name, one in {RESULT: own, **findings.baselines}.items()
+    ]
+    heads = ["system", "rounds", "sent to devices", "sent by devices"]
+    return Table(heads, rows, texts=1, caption="All devices and rounds together; of FedAvg as far as its best round.")
 
 
 def _measured(count: int | None) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from deepfusion import adapters, checkpoints, memory
 from deepfusion.artifacts import Checkpoint, Corpus, Upload, Work
-from deepfusion.config import DevicePhase, Runtime
+from deepfusion.config import PLAIN, DevicePhase, Runtime
 from deepfusion.data.batches import Schedule
 from deepfusion.data.documents import Document, read_jsonl
 from deepfusion.data.lessons import Lesson, lessons
@@ -20,7 +20,6 @@ from deepfusion.families import context_length, family
 from deepfusion.objectives import build_objective
 from deepfusion.phases.upload import upload_bytes
 from deepfusion.precision import usable
-from deepfusion.students import PLAIN
 from deepfusion.training import Learner, fit
 
 HIDDEN = ".adapter"  # where an adapter is that is not sent: never part of an artifact

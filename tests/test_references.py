@@ -1,0 +1,96 @@
+"""What stands beside a run, in whole runs."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepfusion import pipeline
+from deepfusion.artifacts import RECORD
+from deepfusion.steps import BESIDE
+from deepfusion.weights import tensors
+from seen import Seen
+from tiny import HERE, recipe
+
+BASELINES = ("evaluate.references=[fedavg_dense, btx]", "baselines.fedavg_dense.rounds=2")
+# Hand-made models, nothing of the run's own training: it is not what is tested here.
+BARE = ("distill.shares={joint: 1, branch: 0, tune: 0}", "distill.budget_tokens=500", "transfer.kinds=[public]")
+
+
+def step(out: Path, phase: str, item: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A step's weights, and what it says of itself."""
+    [folder] = out.glob(f"steps/{phase}/{item}-*")
+    inner = folder / "model" if (folder / "model").is_dir() else folder
+    return dict(tensors(inner)), json.loads((folder / RECORD).read_text())
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], Seen]:
+    """One run of the two baselines, whose devices send adapters."""
+    out, seen = tmp_path_factory.mktemp("runs") / "tiny", Seen()
+    pipeline.run(recipe(*BASELINES, *BARE, "device.method=lora", "device.upload=adapter"), out, HERE, seen)
+    return out, json.loads((out / "results.json").read_text()), seen
+
+
+def test_baselines_are_measured_beside_the_run(done: tuple[Path, dict[str, Any], Seen]) -> None:
+    _, found, seen = done
+    assert {"fedavg_dense", "btx"} <= {row["system"] for row in found["rows"]}
+    ran = Counter(name.split()[0] for name in seen.ran)
+    assert (ran["fedavg_device"], ran["fedavg_round"], ran["btx_device"], ran["btx_branch"]) == (8, 2, 4, 2)
+    sides = {phase["name"]: phase["side"] for phase in found["phases"]}
+    assert {sides[name] for name in (*BESIDE & sides.keys(), "fedavg_dense", "btx")} == {"reference"}
+    assert "btx" in found["routing"]
+
+
+def test_a_round_starts_from_the_mean_of_the_last(done: tuple[Path, dict[str, Any], Seen]) -> None:
+    out = done[0]
+    first, told = step(out, "fedavg_round", "1")
+    models, records = zip(*(step(out, "fedavg_materialise", f"round-1-device-0{n}") for n in range(4)), strict=True)
+    counts = [record["tokens"] for record in records]
+    assert len(set(counts)) > 1
+    for name, tensor in first.items():
+        mean = sum(count / sum(counts) * model[name] for count, model in zip(counts, models, strict=True))
+        torch.testing.assert_close(tensor, mean)
+    # What a device changes is the product of two matrices of rank 8 at most: from the mean, and from nothing else.
+    second, _ = step(out, "fedavg_materialise", "round-2-device-00")
+    name = next(name for name in second if name.endswith("down_proj.weight"))
+    assert torch.linalg.matrix_rank(second[name] - first[name], rtol=1e-3) <= 8 < min(second[name].shape)
+    assert told["number"] == 1
+
+
+def test_what_goes_over_the_wire_is_counted(done: tuple[Path, dict[str, Any], Seen]) -> None:
+    """A model down, an adapter up: for each of four devices, in each round."""
+    out, found, _ = done
+    up = sum(step(out, "fedavg_materialise", f"round-1-device-0{n}")[1]["bytes"] for n in range(4))
+    rounds = found["bytes"]["baselines"]["fedavg_dense"]["rounds"]
+    assert found["bytes"]["baselines"]["fedavg_dense"]["up"] == pytest.approx(up * rounds, rel=0.01)
+    assert found["bytes"]["baselines"]["btx"]["up"] == pytest.approx(up, rel=0.01)
+    assert found["bytes"]["baselines"]["btx"]["rounds"] == 1
+    size = sum(file.stat().st_size for file in next(out.glob("steps/make/base-*")).iterdir() if file.name != RECORD)
+    assert found["bytes"]["baselines"]["btx"]["down"] == pytest.approx(4 * size, rel=0.1)
+
+
+def test_experts_are_what_clusters_made_of_the_base(done: tuple[Path, dict[str, Any], Seen]) -> None:
+    out, found, _ = done
+    moe, _ = step(out, "btx_merge", "btx_merge")
+    experts = [moe[f"model.layers.0.block_sparse_moe.experts.{n}.w2.weight"] for n in range(2)]
+    for cluster, expert in enumerate(experts):
+        branch, _ = step(out, "btx_branch", f"cluster-{cluster}")
+        assert torch.equal(expert, branch["model.layers.0.mlp.down_proj.weight"])
+    assert not torch.equal(*experts)
+    spent = {part["part"]: part["token_parameters"] for part in found["compute"] if part["system"] == "btx"}
+    ours = sum(part["token_parameters"] for part in found["compute"] if part["system"] == "deepfusion")
+    assert spent["router"] + spent["train"] == pytest.approx(ours, rel=0.25)
+
+
+def test_a_plan_counts_what_devices_train_for_baselines(tmp_path: Path) -> None:
+    planned = {one.phase: one.count for one in pipeline.plan(recipe(*BASELINES), tmp_path / "run")}
+    assert (planned["fedavg_device"], planned["fedavg_round"], planned["fedavg_dense"]) == (8, 2, 1)
+    assert (planned["btx_device"], planned["btx_branch"], planned["btx_merge"], planned["btx"]) == (4, 2, 1, 1)
+    assert "fedavg_materialise" not in planned
+    adapters = {one.phase for one in pipeline.plan(recipe(*BASELINES, "device.method=lora", "device.upload=adapter"))}
+    assert {"fedavg_materialise", "btx_materialise"} <= adapters
