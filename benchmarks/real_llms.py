@@ -56,7 +56,8 @@ def main() -> None:
                 partial.replace(kept)
         else:
             found[seed] = json.loads(kept.read_text(encoding="utf-8"))
-            if found[seed]["recipe"] != asked_for:
+            # Settings that there were not yet, when the seed was run, count as they are by default: as it was then.
+            if Recipe.model_validate(found[seed]["recipe"]).model_dump(mode="json") != asked_for:
                 raise SystemExit(f"{kept} is of another study: give --keep another folder")
     text = "\n".join(report(found, sys.argv[1:]))
     print(text)

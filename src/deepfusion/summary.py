@@ -68,7 +68,7 @@ def _unfinished(run: Path) -> str:
     return (
         f"{run} is not a finished run, or is still running. Done: {told(True)}{begun}; missing: {joined(missing)}, and "
         f"what the recipe asks for beside. Go on with the command that began it; `deepfusion plan RECIPE --out {run}` "
-        "lists every step that is left"
+        "and the --set of that command list every step that is left"
     )
 
 
