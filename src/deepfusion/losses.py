@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, log_softmax, mse_loss, normalize
 from torch.utils.checkpoint import checkpoint
@@ -86,23 +86,65 @@ def token_terms(
 
     Where nothing is kept of a teacher (all -inf) the second is finite and means nothing: weigh it with 0.
     """
-    kept = topk_logprobs.isfinite()
-    some_left = kept.sum(-1) < logits.shape[-1]
     logprobs = log_softmax(logits.float(), -1)
+    student, teacher = kept_outcomes(logprobs, topk_ids, topk_logprobs)
+    divergence = outcome_divergence(student, teacher, temperature)
+    chosen = logprobs.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return torch.where(labels == IGNORED, 0.0, chosen), divergence
+
+
+def kept_outcomes(
+    logprobs: Float[Tensor, "*positions vocab"],
+    topk_ids: Int[Tensor, "*positions k"],
+    topk_logprobs: Float[Tensor, "*positions k"],
+) -> tuple[Float[Tensor, "*positions outcomes"], Float[Tensor, "*positions outcomes"]]:
+    """What student and teacher think of each token that the teacher kept, and last of all others together.
+
+    Args:
+        logprobs: the student's, normalised.
+        topk_ids: tokens that the teacher kept.
+        topk_logprobs: the teacher's; -inf is padding, which counts as impossible for both.
+    """
+    kept = topk_logprobs.isfinite()
+    some_left = kept.sum(-1) < logprobs.shape[-1]
     # Padding points at its position's best token: whatever its id, it must not take another token out of the rest.
     ids = torch.where(kept, topk_ids, topk_ids.gather(-1, topk_logprobs.argmax(-1, keepdim=True)))
     # The rest is added up, not taken as 1 - Σ kept: that difference has no digits left once a student is sure.
     rest = _log(logprobs.exp().scatter(-1, ids, 0.0).sum(-1), some_left)
-    chosen = logprobs.gather(-1, torch.cat([ids, labels.clamp(min=0).unsqueeze(-1)], -1))
-    student = torch.cat([chosen[..., :-1].masked_fill(~kept, _NOTHING), rest.unsqueeze(-1)], -1)
-
+    student = torch.cat([logprobs.gather(-1, ids).masked_fill(~kept, _NOTHING), rest.unsqueeze(-1)], -1)
     mass = -torch.expm1(topk_logprobs.logsumexp(-1).clamp(max=0))
     rest = _log(mass, some_left & (mass > 0))
-    teacher = torch.cat([topk_logprobs.masked_fill(~kept, _NOTHING), rest.unsqueeze(-1)], -1)
+    return student, torch.cat([topk_logprobs.masked_fill(~kept, _NOTHING), rest.unsqueeze(-1)], -1)
 
+
+def outcome_divergence(
+    student: Float[Tensor, "*positions outcomes"], teacher: Float[Tensor, "*positions outcomes"], temperature: float
+) -> Float[Tensor, "*positions"]:
+    """T² · KL(teacher ‖ student) over outcomes, both renormalised at temperature T."""
     student, teacher = log_softmax(student / temperature, -1), log_softmax(teacher / temperature, -1)
-    divergence = (teacher.exp() * (teacher - student)).sum(-1)
-    return torch.where(labels == IGNORED, 0.0, chosen[..., -1]), temperature**2 * divergence
+    return temperature**2 * (teacher.exp() * (teacher - student)).sum(-1)
+
+
+def adapted_target(
+    student: Float[Tensor, "*positions outcomes"],
+    teacher: Float[Tensor, "*positions outcomes"],
+    label: Bool[Tensor, "*positions outcomes"],
+    gamma: float,
+) -> Float[Tensor, "*positions"]:
+    """−Σ_c ((p_t(c) + 1[c = y])^γ − 1[c = y]) · log p_s(c): one-for-all distillation (arXiv 2310.19444).
+
+    With γ = 1 it is the cross-entropy between teacher and student; above, the label y weighs more, the surer the
+    teacher is of it. An outcome that the teacher thinks impossible counts as nothing.
+
+    Args:
+        student: log-probabilities of outcomes.
+        teacher: the same.
+        label: the outcome that holds the label; none where no outcome does.
+        gamma: γ.
+    """
+    held = label.to(teacher.dtype)
+    weight = (teacher.exp() + held) ** gamma - held
+    return -(weight * student).sum(-1)
 
 
 def span_divergence(
@@ -155,6 +197,13 @@ def outcome_kl(
         members: (row, outcome, token): the student's tokens of each outcome; a token is in one outcome of its row.
         temperature: T; as in `topk_kl` it is applied to outcomes, not to tokens.
     """
+    return outcome_divergence(*crossed_outcomes(logprobs, teacher_logprobs, members), temperature)
+
+
+def crossed_outcomes(
+    logprobs: Float[Tensor, "rows vocab"], teacher_logprobs: Float[Tensor, "rows k"], members: Int[Tensor, "members 3"]
+) -> tuple[Float[Tensor, "rows outcomes"], Float[Tensor, "rows outcomes"]]:
+    """`kept_outcomes` where an outcome holds several of the student's tokens; arguments as of `outcome_kl`."""
     row, outcome, token = members.unbind(-1)
     kept = teacher_logprobs.isfinite()
     probabilities = logprobs.exp()
@@ -163,9 +212,7 @@ def outcome_kl(
     everything = torch.ones_like(left, dtype=torch.bool)
     student = torch.cat([_log(said, kept), _log(left, everything).unsqueeze(-1)], -1)
     mass = -torch.expm1(teacher_logprobs.logsumexp(-1).clamp(max=0))
-    teacher = torch.cat([teacher_logprobs.masked_fill(~kept, _NOTHING), _log(mass, mass > 0).unsqueeze(-1)], -1)
-    student, teacher = log_softmax(student / temperature, -1), log_softmax(teacher / temperature, -1)
-    return temperature**2 * (teacher.exp() * (teacher - student)).sum(-1)
+    return student, torch.cat([teacher_logprobs.masked_fill(~kept, _NOTHING), _log(mass, mass > 0).unsqueeze(-1)], -1)
 
 
 def rank_difference(

@@ -207,7 +207,31 @@ class VAAObjective(LogitsObjective):
         )
 
 
-Objective = Annotated[LogitsObjective | VAAObjective, Field(discriminator="kind")]
+class OFAObjective(LogitsObjective):
+    """CE + β · one-for-all distillation of the head and of exits within the student (OFA-KD, arXiv 2310.19444)."""
+
+    kind: Literal["ofa"] = "ofa"  # pyright: ignore[reportIncompatibleVariableOverride]
+    beta: float = Field(default=1.0, ge=0)
+    """Weight of all OFA terms; each counts alike (the paper's is 1)."""
+    across: Across = "projected_kl"
+    """How a teacher with another tokenizer is heard: over the outcomes that both vocabularies tell apart, or as mined;
+    an exit cannot be held against the likelihood of a run of bytes, nor against sorted probabilities."""
+    stages: int = Field(default=4, ge=1)
+    """Exits J: one at the end of each of so many blocks of the student's layers."""
+    gamma: float = Field(default=1.4, ge=1)
+    """γ: 1 is plain distillation; above, the label weighs the more, the surer the teacher is of it (the paper: 1 to
+    1.5)."""
+
+    @model_validator(mode="after")
+    def _heard_by_outcomes(self) -> Self:
+        if self.across not in ("projected_kl", "hybrid_kl", "mined"):
+            raise ValueError(f"kind ofa cannot hear a teacher by across {self.across}: set projected_kl")
+        if self.temperature != 1:
+            raise ValueError("kind ofa has no temperature: leave it out")
+        return self
+
+
+Objective = Annotated[LogitsObjective | VAAObjective | OFAObjective, Field(discriminator="kind")]
 
 
 class Shares(Section):
@@ -274,6 +298,8 @@ class DistillPhase(Section):
             raise ValueError(
                 "shifted needs objective.kind: logits, for VAA's teachers are asked without their ancestors"
             )
+        if self.shifted and isinstance(self.objective, OFAObjective):
+            raise ValueError("shifted needs objective.kind: logits, for ofa hears no runs of bytes, which are shifted")
         if self.shifted and self.objective.across not in ("auto", "span_likelihood"):
             raise ValueError(
                 "shifted needs objective.across: auto or span_likelihood, the only one whose base can be shifted"

@@ -20,6 +20,7 @@ from deepfusion.config.phases import (
     DevicePhase,
     DistillPhase,
     EvaluatePhase,
+    OFAObjective,
     ProxyPhase,
     TransferPhase,
     TunePhase,
@@ -90,11 +91,11 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _as_many_stages_as_layers(self) -> Self:
         objective = self.distill.objective
-        if not isinstance(objective, VAAObjective):
+        if not isinstance(objective, VAAObjective | OFAObjective):
             return self
-        sources = {"models.base": self.models.base} | {
-            f"models.ancestors.{name}": source for name, source in self.models.ancestors.items()
-        }
+        sources = {"models.base": self.models.base}
+        if isinstance(objective, VAAObjective):  # which cuts teachers too
+            sources |= {f"models.ancestors.{name}": source for name, source in self.models.ancestors.items()}
         for name, source in sources.items():
             if source.make is not None and source.make.layers < objective.stages:
                 raise ValueError(

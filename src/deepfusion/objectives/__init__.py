@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from deepfusion.config import LogitsObjective, VAAObjective
+from deepfusion.config import LogitsObjective, OFAObjective, VAAObjective
 from deepfusion.objectives.base import Objective, Predictions
 from deepfusion.objectives.logits import Logits
+from deepfusion.objectives.ofa import OFA
 from deepfusion.objectives.vaa import VAA
 
-__all__ = ["OBJECTIVES", "VAA", "Logits", "Objective", "Predictions", "build_objective"]
+__all__ = ["OBJECTIVES", "OFA", "VAA", "Logits", "Objective", "Predictions", "build_objective"]
 
 
 def _logits(config: LogitsObjective, width: int, layers: int, teacher_widths: Mapping[str, int]) -> Objective:
@@ -21,9 +22,15 @@ def _vaa(config: LogitsObjective, width: int, layers: int, teacher_widths: Mappi
     return VAA(config, width, teacher_widths, layers)
 
 
+def _ofa(config: LogitsObjective, width: int, layers: int, teacher_widths: Mapping[str, int]) -> Objective:
+    assert isinstance(config, OFAObjective)
+    return OFA(config, width, layers)
+
+
 OBJECTIVES: dict[str, Callable[[LogitsObjective, int, int, Mapping[str, int]], Objective]] = {
     "logits": _logits,
     "vaa": _vaa,
+    "ofa": _ofa,
 }
 """Kind → how an objective of that kind is made for a student of some width and depth, and for its teachers' widths."""
 
