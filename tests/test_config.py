@@ -71,7 +71,7 @@ def sources(recipe: Recipe) -> list[TextSource]:
         ("data={}", "data.source: is missing, and must be a section of kind synthetic or files"),
         ("data.source={}", "data.source.kind: is missing, and must be synthetic or files"),
         ("data.source.kind=web", "data.source.kind: must be synthetic or files, not 'web'"),
-        ("distill.objective=3", "distill.objective: must be a section of kind logits or vaa, not 3"),
+        ("distill.objective=3", "distill.objective: must be a section of kind logits, vaa or ofa, not 3"),
         (
             "data.source={kind: files, sources: [{path: a, where: 3}]}",
             "data.source.sources.0.where: must be a mapping to text, not 3",

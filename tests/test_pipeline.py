@@ -15,8 +15,8 @@ from deepfusion import adapters, pipeline, precision
 from deepfusion.artifacts import MANIFEST, Report, Upload
 from deepfusion.config import LoRA, Runtime
 from deepfusion.errors import InputError
+from deepfusion.labels import BASELINES, BESIDE
 from deepfusion.phases import device
-from deepfusion.steps import BESIDE
 from deepfusion.weights import WEIGHTS, Part, tensors, write
 from seen import Seen
 from tiny import HERE, recipe
@@ -82,7 +82,8 @@ def test_results_follow_their_schema(done: tuple[Path, Report, Seen]) -> None:
     for step in found["phases"]:
         assert {"name", "item", "seconds", "cpu_seconds", "cached", "tokens", "flops"} <= set(step)
     unwanted = {"take", "materialise", "shift", "task_vectors", "own_vector", "consult", "report"}
-    unwanted |= BESIDE - {"upcycle"}
+    unwanted |= (BESIDE | BASELINES.keys()) - {"upcycle"}
+    assert set(pipeline.STEPS) > BESIDE
     assert {step["name"] for step in found["phases"]} == set(pipeline.STEPS) - unwanted
 
 

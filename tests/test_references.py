@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deepfusion import pipeline
 from deepfusion.artifacts import RECORD
-from deepfusion.steps import BESIDE
+from deepfusion.labels import BESIDE
 from deepfusion.weights import tensors
 from seen import Seen
 from tiny import HERE, recipe

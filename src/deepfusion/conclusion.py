@@ -25,10 +25,9 @@ from deepfusion.artifacts import (
 )
 from deepfusion.config import Recipe
 from deepfusion.findings import Compute, Findings, Measured, Step, Traffic
-from deepfusion.labels import CONTROLS
+from deepfusion.labels import BESIDE, CONTROLS
 from deepfusion.metrics import ensemble
 from deepfusion.phases.report import model_card, report
-from deepfusion.steps import BESIDE
 
 ENSEMBLES = {"device": "device_ensemble", "proxy": "proxy_ensemble", "branch": "branch_ensemble"}
 FOLDERS = re.compile(r"(?<![\w.:/~-])(?:/[^\s/'\",:;()]+)+/(?=[^\s/'\",:;()])")

@@ -38,6 +38,11 @@ CONTROLS = {
 }
 BASELINES = {"fedavg_dense": "FedAvg (dense)", "btx": "Branch-Train-MiX"}
 BOUNDS = {"centralized": "centralised training"}
+BESIDE = {
+    "upcycle", "fedavg_device", "fedavg_materialise", "fedavg_round", "btx_device", "btx_materialise", "btx_branch",
+    "btx_merge",
+}  # fmt: skip
+"""Phases of which references are made, beside those that have a reference's name."""
 SYSTEMS = STAGES | CONTROLS | BASELINES | BOUNDS
 KINDS = {
     "stage": "this run, stage by stage: text stays on devices",

@@ -57,7 +57,6 @@ STEPS: dict[str, tuple[str, type[Artifact], int]] = {
     "evaluate": ("deepfusion.phases.evaluate:evaluate", Scores, 2),
     "report": ("deepfusion.conclusion:conclude", Report, 2),
 }
-BESIDE = {"upcycle", *(name for name in STEPS if name.startswith(("fedavg_", "btx")))}  # what references are made of
 FIRST, LAST = -10, 10  # priorities: the run's own critical path, and what only stands beside it
 
 
