@@ -6,6 +6,7 @@ groups. The seed of an arm is that of the order of its text.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +71,9 @@ class Pair:
     def trained(
         self, config: DistillPhase, tokens: int, seed: int, into: Path, teachings: Sequence[Teaching] = ()
     ) -> Checkpoint:
-        """The base after so many tokens."""
-        into.mkdir(parents=True, exist_ok=True)
+        """The base after so many tokens, from the beginning: what another arm has left is not to be gone on from."""
+        shutil.rmtree(into, ignore_errors=True)
+        into.mkdir(parents=True)
         budget = 3.0 * self.base.active_parameters * tokens
         return distill(self.base, self.transfer, teachings, config, budget=budget, seed=seed, into=into, runtime=HERE)
 

@@ -31,7 +31,8 @@ LAYERS = (
     ("phases", "conclusion"),
     ("baselines",),
     ("engine", "worker", "preload", "steps"),
-    ("planner", "outlook", "references"),
+    ("planner", "outlook", "learning"),
+    ("references",),
     ("pipeline", "inference"),
     ("cli", "display", "summary", "reference", "doctor", "import_gguf", "__init__"),
 )

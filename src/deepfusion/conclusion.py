@@ -48,7 +48,7 @@ def conclude(
     phases: Sequence[Mapping[str, Any]],
     warnings: Sequence[str] = (),
     *,
-    starts: Mapping[str, Checkpoint] | None = None,
+    parts: Mapping[str, Mapping[str, Sequence[Checkpoint]]] | None = None,
     rounds: Mapping[str, Sequence[Round]] | None = None,
     shifted: TransferSet | None = None,
     into: Path,
@@ -59,7 +59,7 @@ def conclude(
         students: `joint_student`, `merged`, `deepfusion` and the references, by name.
         phases: what each step cost, as the engine saw it.
         warnings: what else is to be said of the run.
-        starts: reference → the MoE that its training starts from, if it is one.
+        parts: reference → part of its server compute → what was made in it, beside its last training.
         rounds: baseline → what its devices have sent and were sent, in parts that add up.
         shifted: the transfer set as `shift` made it, if students learned from that.
     """
@@ -77,7 +77,7 @@ def conclude(
         clusters=clusters,
         proxies=proxies,
         transfer=transfer,
-        compute=_compute(recipe, transfer, shifted, teachings, students, branches, starts or {}),
+        compute=_compute(recipe, transfer, shifted, teachings, students, branches, parts or {}),
         steps=[_step(facts, set(recipe.evaluate.references)) for facts in phases],
         baselines={name: _traffic(parts) for name, parts in (rounds or {}).items()},
         losses={
@@ -134,7 +134,7 @@ def _compute(
     teachings: Sequence[Teaching],
     students: Mapping[str, Checkpoint],
     branches: Sequence[Checkpoint],
-    starts: Mapping[str, Checkpoint],
+    before: Mapping[str, Mapping[str, Sequence[Checkpoint]]],
 ) -> list[Compute]:
     """Server compute by system and part. All that learn from the transfer text are charged for having it written."""
     asked = sum((teaching.work for teaching in teachings), Work())
@@ -155,13 +155,16 @@ def _compute(
         Compute("deepfusion", "tune", tuned),
     ]
     for name, student in students.items():
-        if name in CONTROLS or name == "btx":
+        if name in CONTROLS or name in ("btx", "ofa_kd"):
             parts.append(Compute(name, "write", transfer.work))
+            if name in ("dense_kd", "ofa_kd"):
+                parts.append(Compute(name, "consult", asked))
             if name == "dense_kd":
-                parts += [Compute(name, "consult", asked), Compute(name, "shift", shifting)]
-            if name in starts:
-                parts.append(Compute(name, "router", starts[name].work))
-            parts.append(Compute(name, "train", student.work))
+                parts.append(Compute(name, "shift", shifting))
+            for part, made in before.get(name, {}).items():
+                parts.append(Compute(name, part, sum((one.work for one in made), Work())))
+            if not (name == "ofa_kd" and not shares.tune):  # then its MoE is the merged one
+                parts.append(Compute(name, "train", student.work))
         elif name == "centralized":
             parts.append(Compute(name, "train", student.work))
     return [part for part in parts if part.work.token_parameters]

@@ -36,18 +36,18 @@ CONTROLS = {
     "pooled_text_dense": "pooled text (dense)",
     "dense_kd": "distillation (dense)",
 }
-BASELINES = {"fedavg_dense": "FedAvg (dense)", "btx": "Branch-Train-MiX"}
+BASELINES = {"ofa_kd": "OFA-KD", "fedavg_dense": "FedAvg (dense)", "btx": "Branch-Train-MiX"}
 BOUNDS = {"centralized": "centralised training"}
 BESIDE = {
-    "upcycle", "fedavg_device", "fedavg_materialise", "fedavg_round", "btx_device", "btx_materialise", "btx_branch",
-    "btx_merge",
+    "upcycle", "ofa_joint", "ofa_own_vector", "ofa_branch", "ofa_assemble", "ofa_tune", "fedavg_device",
+    "fedavg_materialise", "fedavg_round", "btx_device", "btx_materialise", "btx_branch", "btx_merge",
 }  # fmt: skip
 """Phases of which references are made, beside those that have a reference's name."""
 SYSTEMS = STAGES | CONTROLS | BASELINES | BOUNDS
 KINDS = {
     "stage": "this run, stage by stage: text stays on devices",
     "control": "controls: the same text, the same server compute",
-    "baseline": "baselines: every device trains the base, compute of their own",
+    "baseline": "baselines: what others do with the same devices",
     "bound": "upper bound: all private text in one place, compute of its own",
     "other": "others",
 }

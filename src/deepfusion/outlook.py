@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from deepfusion.config import Recipe, VAAObjective
 from deepfusion.planner import PlannedStep
 from deepfusion.roles import of_the_base
+from deepfusion.steps import STEPS
 
 
 def waiting(recipe: Recipe, planned: set[str]) -> list[PlannedStep]:
@@ -51,7 +52,8 @@ def _phases(recipe: Recipe) -> Iterator[tuple[str, int, str]]:
     yield "upcycle", int(bool({"pooled_text", "centralized"} & references)), one
     for name in dict.fromkeys(recipe.evaluate.references):
         yield from _baseline(recipe, name, devices, given=given)
-        yield name, 1, one
+        if name in STEPS:
+            yield name, 1, one
     models = 4 + vectors + devices + 2 * k + len(references)  # four: base, joint student, merged and tuned MoE
     yield "evaluate", models, _several(models, "for each model", at_least=True)
     yield "report", 1, one
@@ -60,6 +62,18 @@ def _phases(recipe: Recipe) -> Iterator[tuple[str, int, str]]:
 def _baseline(recipe: Recipe, name: str, devices: int, *, given: bool) -> Iterator[tuple[str, int, str]]:
     """What comes before a baseline for which devices train."""
     adapters, one = recipe.device.upload == "adapter", "depends on steps that have not run"
+    if name == "ofa_kd":
+        k, shares = recipe.cluster.k, recipe.distill.shares
+        yield "ofa_joint", int(shares.joint > 0), one
+        most = k * recipe.distill.own_task_vectors * (recipe.distill.task_vectors > 0 and of_the_base(recipe.models))
+        yield (
+            "ofa_own_vector",
+            most,
+            f"at most {most} steps, one for each cluster with devices that start from the base",
+        )
+        yield "ofa_branch", k * (shares.branch > 0), _several(k, "for each cluster")
+        yield "ofa_assemble", 1, one
+        yield "ofa_tune", int(shares.tune > 0), one
     if name == "fedavg_dense":
         rounds = recipe.baselines.fedavg_dense.rounds
         trained = devices * rounds

@@ -35,15 +35,16 @@ from deepfusion.engine import Engine, StepError, Watcher, futures, resolved
 from deepfusion.errors import InputError, concerns_all
 from deepfusion.inputs import by_content
 from deepfusion.labels import left_out
+from deepfusion.learning import Given, students
 from deepfusion.outlook import waiting
 from deepfusion.planner import NotYetRunError, PlannedStep, Planner
-from deepfusion.references import Given, references
+from deepfusion.references import references
 from deepfusion.roles import NO_KIN, WITHOUT_KIN, Teacher
 from deepfusion.steps import FIRST, LAST, STEPS, placed
 from deepfusion.store import Store, link_tree
 
 A = TypeVar("A", bound=Artifact)
-ROUTED = {"merged", "deepfusion", "pooled_text", "centralized", "btx"}  # systems that are MoEs
+ROUTED = {"merged", "deepfusion", "pooled_text", "centralized", "btx", "ofa_kd"}  # systems that are MoEs
 
 
 def run(
@@ -182,21 +183,21 @@ class _Method:
             TransferSet, "transfer", writings=writings, clusters=clusters, corpus=corpus, config=recipe.transfer,
             priority=FIRST, **encoder,
         )  # fmt: skip
-        lessons, paid = transfer, {}
+        lessons = transfer
         if recipe.distill.shifted:
             lessons = self.go(
                 TransferSet, "shift", base=base, transfer=transfer, config=recipe.transfer, priority=FIRST
             )  # fmt: skip
-            paid = {"paid": [lessons]}
 
-        # Phase II: one student learns from everyone; copies of it go on, each in its own domain.
+        # Phases II and III: one student learns from everyone, copies of it in their own domains; they become one MoE.
         start = base
         related = roles.of_lineage(base.result().lineage, proxies, groups) if recipe.distill.task_vectors else []
-        kin, at_home = [proxy.model for proxy in related], {proxy.cluster for proxy in related}
+        kin = {proxy.cluster: cast("Future[Proxy]", proxy.model) for proxy in related}
         warned = [f"{NO_KIN}; {WITHOUT_KIN}"] if recipe.distill.task_vectors and not kin else []
         if kin:
             start = self.go(
-                Checkpoint, "task_vectors", base=base, proxies=kin, scale=recipe.distill.task_vectors, priority=FIRST
+                Checkpoint, "task_vectors", base=base, proxies=list(kin.values()), scale=recipe.distill.task_vectors,
+                priority=FIRST,
             )  # fmt: skip
         teachings = [
             self.go(
@@ -206,58 +207,19 @@ class _Method:
             for teacher in roles.consulted(own, proxies, recipe)
         ]  # fmt: skip
         budget = 3.0 * base.result().active_parameters * recipe.distill.budget_tokens
-        shares = recipe.distill.shares
-        k = recipe.cluster.k
-        joint = start
-        if shares.joint:
-            joint = self.go(
-                Checkpoint, "joint", student=start, transfer=lessons, teachings=teachings, config=recipe.distill,
-                budget=shares.joint * budget, seed=seed, priority=FIRST, **paid,
-            )  # fmt: skip
-        branches = [joint] * k
-        if recipe.distill.own_task_vectors:
-            branches = [
-                self.go(
-                    Checkpoint, "own_vector", f"cluster-{cluster}", student=joint, base=base, proxies=kin,
-                    cluster=cluster, scale=recipe.distill.task_vectors, priority=FIRST,
-                )
-                if cluster in at_home
-                else joint
-                for cluster in range(k)
-            ]  # fmt: skip
-        if shares.branch:
-            branches = [
-                self.go(
-                    Checkpoint, "branch", f"cluster-{cluster}", student=student, transfer=lessons, teachings=teachings,
-                    config=recipe.distill, budget=shares.branch * budget / k, cluster=cluster, seed=seed + cluster,
-                    priority=FIRST,
-                )
-                for cluster, student in enumerate(branches)
-            ]  # fmt: skip
+        given = Given(recipe, corpus, base, start, kin, accepted, members, transfer, lessons, teachings, budget)
+        ours = students(self.go, given, recipe.distill, priority=FIRST)
 
-        # Phase III: the copies' FFNs become experts of one MoE, which is tuned.
-        merged = self.go(
-            Checkpoint, "assemble", students=branches, transfer=transfer, config=recipe.assemble, seed=seed,
-            priority=FIRST,
-        )  # fmt: skip
-        moe = merged
-        if shares.tune:
-            moe = self.go(
-                Checkpoint, "tune", moe=merged, transfer=lessons, teachings=teachings, config=recipe.tune,
-                ask=recipe.distill.teachers, budget=shares.tune * budget, seed=seed, priority=FIRST,
-            )  # fmt: skip
-
-        given = Given(recipe, corpus, base, start, accepted, members, transfer, lessons, teachings, budget)
         beside = references(self.go, given)
         systems: list[tuple[str, str | None, Future[Any] | Artifact]] = [
             ("base", None, base),
             *(("device", upload.device, upload) for upload in accepted),
             *(("proxy", proxy.name, proxy.model) for proxy in proxies),
             *([("task_vectors", None, start)] if kin else []),
-            ("joint_student", None, joint),
-            *(("branch", f"cluster-{cluster}", branch) for cluster, branch in enumerate(branches)),
-            ("merged", None, merged),
-            ("deepfusion", None, moe),
+            ("joint_student", None, ours.joint),
+            *(("branch", f"cluster-{cluster}", branch) for cluster, branch in enumerate(ours.branches)),
+            ("merged", None, ours.merged),
+            ("deepfusion", None, ours.moe),
             *((name, None, model) for name, model in beside.models.items()),
         ]
         # One model may have several names (a proxy of one member, branches without a budget): it is measured once.
@@ -279,9 +241,10 @@ class _Method:
         return self.write_report(
             corpus=corpus, uploads=accepted, intake=intake, clusters=clusters,
             proxies=[proxy.model for proxy in proxies], transfer=transfer, teachings=teachings,
-            students={"joint_student": joint, "merged": merged, "deepfusion": moe, **beside.models},
-            branches=branches,
-            scores=scores, starts=beside.starts, rounds=beside.rounds,
+            students={
+                "joint_student": ours.joint, "merged": ours.merged, "deepfusion": ours.moe, **beside.models
+            },
+            branches=ours.branches, scores=scores, parts=beside.parts, rounds=beside.rounds,
             shifted=lessons if recipe.distill.shifted else None, warned=warned,
         )  # fmt: skip
 

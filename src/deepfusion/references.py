@@ -6,38 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from deepfusion.artifacts import Artifact, Checkpoint, Clusters, Corpus, Round, Teaching, TransferSet, Upload
-from deepfusion.config import PLAIN, DevicePhase, Recipe
+from deepfusion.artifacts import Checkpoint, Round, Upload
+from deepfusion.config import PLAIN, DevicePhase
+from deepfusion.learning import Given, Go, students
 from deepfusion.steps import LAST
-
-A = TypeVar("A", bound=Artifact)
-
-
-class Go(Protocol):
-    """Submits a step of the table of steps."""
-
-    def __call__(self, gives: type[A], phase: str, item: str | None = None, /, **arguments: object) -> Future[A]:
-        """As `Engine.submit`."""
-        ...
-
-
-@dataclass(frozen=True)
-class Given:
-    """What of the run the models beside it are made from."""
-
-    recipe: Recipe
-    corpus: Future[Corpus]
-    base: Future[Checkpoint]
-    start: Future[Checkpoint]  # what the run's own dense student starts from
-    uploads: Sequence[Upload]  # of the devices that the run accepted
-    clusters: Clusters
-    transfer: Future[TransferSet]
-    lessons: Future[TransferSet]  # the transfer set as students are taught it, shifted or not
-    teachings: Sequence[Future[Teaching]]
-    budget: float  # token-parameters
 
 
 @dataclass(frozen=True)
@@ -45,7 +20,8 @@ class Beside:
     """What stands beside the run."""
 
     models: dict[str, Future[Checkpoint]] = field(default_factory=dict)  # name → model, as the recipe wants them
-    starts: dict[str, Future[Checkpoint]] = field(default_factory=dict)  # name → the MoE that its training starts from
+    # Name → what it took the server before its last training, by part.
+    parts: dict[str, dict[str, list[Future[Checkpoint]]]] = field(default_factory=dict)
     rounds: dict[str, list[Future[Round]]] = field(default_factory=dict)  # baseline → what its devices have done for it
 
 
@@ -54,30 +30,36 @@ def references(go: Go, given: Given) -> Beside:
     recipe = given.recipe
     wanted = dict.fromkeys(recipe.evaluate.references)
     beside = Beside()
-    if routed := [name for name in ("pooled_text", "centralized") if name in wanted]:
-        beside.starts.update(dict.fromkeys(routed, _merged(go, given, "upcycle", [given.base] * recipe.cluster.k)))
+    copies: Future[Checkpoint] | None = None
+    if {"pooled_text", "centralized"} & wanted.keys():
+        copies = _merged(go, given, "upcycle", [given.base] * recipe.cluster.k)
     common = {"teachings": list(given.teachings), "seed": recipe.seed, "priority": LAST, "budget": given.budget}
     training = recipe.distill.training  # no more of it: another objective leaves plain training as it was
     for name in wanted:
         if name == "centralized":
             made = go(
-                Checkpoint, name, moe=beside.starts[name], corpus=given.corpus, training=training,
+                Checkpoint, name, moe=copies, corpus=given.corpus, training=training,
                 config=recipe.evaluate, balance=recipe.tune.balance, seed=recipe.seed, priority=LAST - 1,
             )  # fmt: skip
         elif name == "fedavg_dense":
             made = _fedavg(go, given, beside)
         elif name == "btx":
             made = _btx(go, given, beside)
+        elif name == "ofa_kd":
+            made = _ofa(go, given, beside)
         elif name == "dense_kd":
-            paid = {} if given.lessons is given.transfer else {"paid": [given.lessons]}
             made = go(
-                Checkpoint, name, base=given.start, transfer=given.lessons, config=recipe.distill, **common, **paid
+                Checkpoint, name, base=given.start, transfer=given.lessons, config=recipe.distill, **common,
+                **given.paid,
             )  # fmt: skip
         else:
+            moe = name == "pooled_text"
             made = go(
-                Checkpoint, name, model=beside.starts.get(name, given.base), transfer=given.transfer,
-                training=training, balance=recipe.tune.balance if name in beside.starts else 0.0, **common,
+                Checkpoint, name, model=copies if moe else given.base, transfer=given.transfer, training=training,
+                balance=recipe.tune.balance if moe else 0.0, **common,
             )  # fmt: skip
+            if copies is not None and moe:
+                beside.parts[name] = {"router": [copies]}
         beside.models[name] = made
     return beside
 
@@ -87,6 +69,26 @@ def _merged(go: Go, given: Given, phase: str, students: Sequence[Future[Checkpoi
         Checkpoint, phase, students=list(students), transfer=given.transfer, config=given.recipe.assemble,
         seed=given.recipe.seed, priority=LAST,
     )  # fmt: skip
+
+
+# ── another objective ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _ofa(go: Go, given: Given, beside: Beside) -> Future[Checkpoint]:
+    """The run's own phases from the same start, text, teachers and budget, under one-for-all distillation.
+
+    Teachers are heard as they spoke: a shift is known of runs of bytes alone.
+    """
+    config = given.recipe.distill.model_copy(update={"objective": given.recipe.baselines.ofa_kd, "shifted": False})
+    plain = replace(given, lessons=given.transfer)
+    made = students(go, plain, config, prefix="ofa_", priority=LAST)
+    shares = config.shares
+    beside.parts["ofa_kd"] = {
+        "joint": [made.joint] * (shares.joint > 0),
+        "branch": made.branches * (shares.branch > 0),
+        "router": [made.merged],
+    }
+    return made.moe
 
 
 # ── devices that all train the base ───────────────────────────────────────────────────────────────────────────────────
@@ -125,9 +127,10 @@ def _btx(go: Go, given: Given, beside: Beside) -> Future[Checkpoint]:
         )  # fmt: skip
         branches.append(branch)
         beside.rounds.setdefault("btx", []).append(branch)
-    beside.starts["btx"] = _merged(go, given, "btx_merge", branches)
+    merged = _merged(go, given, "btx_merge", branches)
+    beside.parts["btx"] = {"router": [merged]}
     return go(
-        Checkpoint, "btx", moe=beside.starts["btx"], transfer=given.transfer, teachings=[],
+        Checkpoint, "btx", moe=merged, transfer=given.transfer, teachings=[],
         config=recipe.tune.model_copy(update={"objective": PLAIN}), budget=given.budget, seed=recipe.seed,
         priority=LAST,
     )  # fmt: skip

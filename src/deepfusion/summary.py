@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 INSIDE = ("clusters", "transfer", "routing", "bytes", "memory", "rejected", "warnings")
 KINDS = {
     "control": "same text and compute:",
-    "baseline": "devices share a model:",
+    "baseline": "baselines:",
     "bound": "all text in one place:",
     "other": "others:",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from deepfusion.config.phases import OFAObjective
 from deepfusion.config.section import Section
 
 
@@ -21,4 +22,7 @@ class FedAvg(Section):
 class Baselines(Section):
     """Settings of the baselines among `evaluate.references`; they share all others with the run."""
 
+    ofa_kd: OFAObjective = OFAObjective()
+    """The objective in place of the run's own; start, text, teachers, budget, branches and tuning are the run's."""
     fedavg_dense: FedAvg = FedAvg()
+    """Rounds of federated averaging."""

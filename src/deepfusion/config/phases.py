@@ -400,7 +400,7 @@ class TunePhase(Section):
     training: Training = Training(learning_rate=3e-4)
 
 
-Reference = Literal["pooled_text", "pooled_text_dense", "dense_kd", "centralized", "fedavg_dense", "btx"]
+Reference = Literal["pooled_text", "pooled_text_dense", "dense_kd", "centralized", "ofa_kd", "fedavg_dense", "btx"]
 
 
 class EvaluatePhase(Section):
@@ -413,8 +413,8 @@ class EvaluatePhase(Section):
         "centralized",
     )
     """What to train beside the run: the controls pooled_text, pooled_text_dense and dense_kd at equal server compute,
-    the upper bound centralized, and the baselines fedavg_dense (rounds of averaging one dense model) and btx
-    (Branch-Train-MiX), for which every device trains the base."""
+    the upper bound centralized, and the baselines ofa_kd (the run under another objective), fedavg_dense (rounds of
+    averaging one dense model) and btx (Branch-Train-MiX), for which every device trains the base."""
     centralized_tokens: int = Field(default=3_000_000, ge=1)
     """Most tokens the centralised MoE may train on; it stops earlier when held-out text no longer improves."""
     patience: int = Field(default=3, ge=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +13,7 @@ from deepfusion.config import tree as trees
 from deepfusion.config.baselines import Baselines
 from deepfusion.config.data import Data
 from deepfusion.config.faults import explain
-from deepfusion.config.models import Models
+from deepfusion.config.models import Models, ModelSource
 from deepfusion.config.phases import (
     AssemblePhase,
     ClusterPhase,
@@ -90,17 +90,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _as_many_stages_as_layers(self) -> Self:
-        objective = self.distill.objective
-        if not isinstance(objective, VAAObjective | OFAObjective):
-            return self
-        sources = {"models.base": self.models.base}
+        objective, base = self.distill.objective, {"models.base": self.models.base}
         if isinstance(objective, VAAObjective):  # which cuts teachers too
-            sources |= {f"models.ancestors.{name}": source for name, source in self.models.ancestors.items()}
-        for name, source in sources.items():
-            if source.make is not None and source.make.layers < objective.stages:
-                raise ValueError(
-                    f"distill.objective.stages is {objective.stages} but {name} has only {source.make.layers} layers"
-                )
+            ancestors = {f"models.ancestors.{name}": source for name, source in self.models.ancestors.items()}
+            _enough_layers("distill.objective", objective.stages, base | ancestors)
+        elif isinstance(objective, OFAObjective):
+            _enough_layers("distill.objective", objective.stages, base)
+        if "ofa_kd" in self.evaluate.references:
+            _enough_layers("baselines.ofa_kd", self.baselines.ofa_kd.stages, base)
         return self
 
     @classmethod
@@ -129,3 +126,10 @@ class Recipe(Section):
             return cls.model_validate(tree)
         except ValidationError as error:
             raise InputError(f"{origin}: {explain(error, cls)}") from None
+
+
+def _enough_layers(section: str, stages: int, models: Mapping[str, ModelSource]) -> None:
+    """Refuse to cut a made model into more stages than it has layers."""
+    for name, source in models.items():
+        if source.make is not None and source.make.layers < stages:
+            raise ValueError(f"{section}.stages is {stages} but {name} has only {source.make.layers} layers")

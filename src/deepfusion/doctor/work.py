@@ -14,6 +14,7 @@ from deepfusion.doctor.extent import Extent
 from deepfusion.doctor.models import Start, trained
 from deepfusion.doctor.shapes import Shape
 
+UNSHIFTED = {"shifted": False}
 SIGNAL, SIGNAL_TOKEN = 6, 14  # bytes on disk of a kept alternative, and of a token beside them
 Kind = Literal["train", "write", "read", "files"]
 
@@ -178,6 +179,10 @@ def _beside(of: Extent) -> Iterator[Task]:
     if {"pooled_text", "centralized"} & set(wanted):
         yield _assembly(of, "upcycle", base, moe, own=False)
     for name in dict.fromkeys(wanted):
+        if name == "ofa_kd":
+            plain = replace(of, recipe=of.recipe.model_copy(update={"distill": distill.model_copy(update=UNSHIFTED)}))
+            yield from (replace(task, phase=f"ofa_{task.phase}", own=False) for task in _students(plain))
+            continue
         if name in ("fedavg_dense", "btx"):
             yield from _federated(of, name)
             continue
@@ -227,7 +232,7 @@ def _evaluations(of: Extent, base: Shape, moe: Shape) -> Iterator[Task]:
     wanted = recipe.evaluate.references
     students = 2 + of.task_vectors + k  # base and joint student
     students += len({"pooled_text_dense", "dense_kd", "fedavg_dense"} & set(wanted))
-    routed = 2 + len({"pooled_text", "centralized", "btx"} & set(wanted))  # merged and tuned
+    routed = 2 + len({"pooled_text", "centralized", "btx", "ofa_kd"} & set(wanted))  # merged and tuned
     count, members = of.proxies()
     yield _evaluation(of, of.base, base, students)
     yield _evaluation(of, of.base, moe, routed, passes=1 + k * (recipe.evaluate.removal and k > 1))
