@@ -23,6 +23,8 @@ def test_phases_that_a_recipe_leaves_out_are_left_out() -> None:
     assert not {"write", "consult", "branch", "tune", "upcycle", "pooled_text", "dense_kd", "centralized"} & set(found)
     assert counts(recipe="paper_mode")["consult"] == 4
     assert counts("distill.objective.kind=vaa")["consult"] == 16
+    chosen = counts("distill.teachers=likeliest")
+    assert (chosen["likelihoods"], chosen["consult"]) == (17, 16)
 
 
 def test_adapters_are_made_whole() -> None:

@@ -81,7 +81,7 @@ def test_results_follow_their_schema(done: tuple[Path, Report, Seen]) -> None:
     assert found["memory"]["server_peak_bytes"] > 0
     for step in found["phases"]:
         assert {"name", "item", "seconds", "cpu_seconds", "cached", "tokens", "flops"} <= set(step)
-    unwanted = {"take", "materialise", "shift", "task_vectors", "own_vector", "consult", "report"}
+    unwanted = {"take", "materialise", "shift", "task_vectors", "own_vector", "likelihoods", "consult", "report"}
     unwanted |= (BESIDE | BASELINES.keys()) - {"upcycle"}
     assert set(pipeline.STEPS) > BESIDE
     assert {step["name"] for step in found["phases"]} == set(pipeline.STEPS) - unwanted

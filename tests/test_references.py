@@ -12,12 +12,14 @@ from torch import Tensor
 from deepfusion import pipeline
 from deepfusion.artifacts import RECORD
 from deepfusion.labels import BESIDE
+from deepfusion.phases.consult import likeliest
+from deepfusion.signals import Signals
 from deepfusion.weights import tensors
 from seen import Seen
 from tiny import HERE, recipe
 
 BASELINES = (
-    "evaluate.references=[ofa_kd, fedavg_dense, btx]",
+    "evaluate.references=[ofa_kd, fedmkt, fedavg_dense, btx]",
     "baselines={fedavg_dense: {rounds: 2}, ofa_kd: {stages: 1}}",
 )
 # Hand-made models, nothing of the run's own training: it is not what is tested here.
@@ -28,12 +30,18 @@ def step(out: Path, phase: str, item: str) -> tuple[dict[str, Tensor], dict[str,
     """A step's weights, and what it says of itself."""
     [folder] = out.glob(f"steps/{phase}/{item}-*")
     inner = folder / "model" if (folder / "model").is_dir() else folder
-    return dict(tensors(inner)), json.loads((folder / RECORD).read_text())
+    return dict(tensors(inner)), step_record(out, phase, item)
+
+
+def step_record(out: Path, phase: str, item: str) -> dict[str, Any]:
+    """What a step says of itself."""
+    [folder] = out.glob(f"steps/{phase}/{item}-*")
+    return json.loads((folder / RECORD).read_text())
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], Seen]:
-    """One run of the two baselines, whose devices send adapters."""
+    """One run of the baselines, whose devices send adapters."""
     out, seen = tmp_path_factory.mktemp("runs") / "tiny", Seen()
     pipeline.run(recipe(*BASELINES, *BARE, "device.method=lora", "device.upload=adapter"), out, HERE, seen)
     return out, json.loads((out / "results.json").read_text()), seen
@@ -41,27 +49,69 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
 
 def test_baselines_are_measured_beside_the_run(done: tuple[Path, dict[str, Any], Seen]) -> None:
     _, found, seen = done
-    assert {"ofa_kd", "fedavg_dense", "btx"} <= {row["system"] for row in found["rows"]}
+    assert {"ofa_kd", "fedmkt", "fedavg_dense", "btx"} <= {row["system"] for row in found["rows"]}
     ran = Counter(name.split()[0] for name in seen.ran)
     assert (ran["fedavg_device"], ran["fedavg_round"], ran["btx_device"], ran["btx_branch"]) == (8, 2, 4, 2)
     sides = {phase["name"]: phase["side"] for phase in found["phases"]}
     assert {sides[name] for name in (*BESIDE & sides.keys(), "fedavg_dense", "btx")} == {"reference"}
-    assert {"btx", "ofa_kd"} <= found["routing"].keys()
+    assert {"btx", "ofa_kd", "fedmkt"} <= found["routing"].keys()
 
 
-def test_another_objective_changes_nothing_else(done: tuple[Path, dict[str, Any], Seen]) -> None:
+@pytest.mark.parametrize(("name", "short"), [("ofa_kd", "ofa"), ("fedmkt", "fedmkt")])
+def test_another_objective_changes_nothing_else(name: str, short: str, done: tuple[Path, dict[str, Any], Seen]) -> None:
     out, found, _ = done
     for phase, items in {"joint": ["joint"], "branch": ["cluster-0", "cluster-1"], "tune": ["tune"]}.items():
         for item in items:
-            ours, other = step(out, phase, item)[0], step(out, f"ofa_{phase}", item.replace(phase, f"ofa_{phase}"))[0]
+            theirs = f"{short}_{phase}"
+            ours, other = step(out, phase, item)[0], step(out, theirs, item.replace(phase, theirs))[0]
             assert ours.keys() == other.keys()  # exits are thrown away
-            assert any(not torch.equal(tensor, other[name]) for name, tensor in ours.items())
-    spent: dict[str, Counter[str]] = {"deepfusion": Counter(), "ofa_kd": Counter()}
+            assert any(not torch.equal(tensor, other[weight]) for weight, tensor in ours.items())
+    spent: dict[str, Counter[str]] = {"deepfusion": Counter(), name: Counter()}
     for part in found["compute"]:
         if part["system"] in spent:
             spent[part["system"]]["tune" if part["part"] == "train" else str(part["part"])] += part["token_parameters"]
-    assert spent["deepfusion"] == spent["ofa_kd"]
-    assert set(spent["ofa_kd"]) == {"write", "joint", "branch", "router", "tune"}
+    asking = spent[name].pop("consult", 0)
+    assert spent["deepfusion"] == spent[name]
+    assert set(spent[name]) == {"write", "joint", "branch", "router", "tune"}
+    assert (asking > 0) == (name == "fedmkt")
+
+
+def test_of_all_that_write_the_likeliest_teaches(done: tuple[Path, dict[str, Any], Seen]) -> None:
+    """Each device and the student say how likely they find each document; no document has two teachers."""
+    out, found, _ = done
+    devices = [f"device-0{n}" for n in range(4)]
+    nats = {one: step_record(out, "fedmkt_likelihoods", one)["nats"] for one in (*devices, "student")}
+    expected = likeliest({one: nats[one] for one in devices}, nats["student"])
+    assert expected
+    for one in devices:
+        [folder] = out.glob(f"steps/fedmkt_consult/{one}-*")
+        assert set(Signals.load(folder / "signals.safetensors").of) == {d for d, who in expected.items() if who == one}
+    [asked] = [p["token_parameters"] for p in found["compute"] if (p["system"], p["part"]) == ("fedmkt", "consult")]
+    consulted = sum(step_record(out, "fedmkt_consult", one)["work"]["forward"] for one in devices)
+    heard = sum(step_record(out, "fedmkt_likelihoods", one)["work"]["forward"] for one in nats)
+    assert asked == pytest.approx(consulted)
+    assert consulted > heard  # which is part of it
+
+
+def test_a_run_too_can_be_taught_by_the_likeliest(tmp_path: Path) -> None:
+    """Then it is what the baseline is, but for the objective; and controls may train for what it took."""
+    settings = (
+        *BARE,
+        "distill.teachers=likeliest",
+        "evaluate.references=[pooled_text_dense]",
+        "distill.shares.joint=1",
+    )
+    shares = ("distill.shares.branch=0", "distill.shares.tune=0")
+    out, seen = tmp_path / "run", Seen()
+    pipeline.run(recipe(*settings, *shares), out, HERE, seen)
+    ran = Counter(name.split()[0] for name in seen.ran)
+    assert (ran["likelihoods"], ran["consult"], ran["joint"]) == (5, 4, 1)
+    spent = {
+        (p["system"], p["part"]): p["token_parameters"]
+        for p in json.loads((out / "results.json").read_text())["compute"]
+    }
+    budget = spent["deepfusion", "joint"] + spent["deepfusion", "consult"]
+    assert spent["pooled_text_dense", "train"] == pytest.approx(budget, rel=0.1)
 
 
 def test_a_round_starts_from_the_mean_of_the_last(done: tuple[Path, dict[str, Any], Seen]) -> None:
@@ -112,6 +162,7 @@ def test_a_plan_counts_what_devices_train_for_baselines(tmp_path: Path) -> None:
     assert (planned["fedavg_device"], planned["fedavg_round"], planned["fedavg_dense"]) == (8, 2, 1)
     assert (planned["ofa_joint"], planned["ofa_branch"], planned["ofa_assemble"], planned["ofa_tune"]) == (1, 2, 1, 1)
     assert "ofa_own_vector" not in planned
+    assert [planned[f"fedmkt_{phase}"] for phase in ("likelihoods", "consult", "joint", "tune")] == [5, 4, 1, 1]
     assert (planned["btx_device"], planned["btx_branch"], planned["btx_merge"], planned["btx"]) == (4, 2, 1, 1)
     assert "fedavg_materialise" not in planned
     adapters = {one.phase for one in pipeline.plan(recipe(*BASELINES, "device.method=lora", "device.upload=adapter"))}

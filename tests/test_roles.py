@@ -92,6 +92,7 @@ def test_who_writes(settings: dict[str, object], expected: dict[int, list[str]])
     [
         ({}, {}, []),
         ({"teachers": "proxies"}, {}, ["cluster-0", "cluster-1"]),
+        ({"teachers": "likeliest"}, {}, []),
         ({"objective": {"kind": "vaa"}}, {}, ["a", "b", "c"]),
         ({"objective": {"kind": "vaa"}}, {"writers": "proxies"}, ["cluster-0", "cluster-1"]),
     ],

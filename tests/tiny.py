@@ -13,11 +13,12 @@ import yaml
 
 from deepfusion.artifacts import Checkpoint, Clusters, Corpus, DeviceInfo, Teaching, TransferSet, Upload
 from deepfusion.checkpoints import as_checkpoint, open_model, open_tokenizer
-from deepfusion.config import Recipe, Runtime, Training
+from deepfusion.config import ProxyPhase, Recipe, Runtime, Training
 from deepfusion.data.documents import Document, Question, TransferDocument, write_jsonl
 from deepfusion.data.hearing import keep_tokenizer
 from deepfusion.data.tokens import Tokenizer
 from deepfusion.encoders import embed
+from deepfusion.phases.proxy import average
 from deepfusion.signals import Signal, Signals
 from pico import pico
 
@@ -201,3 +202,15 @@ def recipe(*overrides: str) -> Recipe:
             node = node.setdefault(parent, {})
         node[last] = yaml.safe_load(value)
     return Recipe.parse(tree)
+
+
+class World:
+    """A base model, a device of another architecture, its proxy, and text that the device answered."""
+
+    def __init__(self, root: Path) -> None:
+        self.base = checkpoint("llama", root / "llama")
+        self.ancestor = checkpoint("gpt2", root / "gpt2", seed=5)
+        self.device = upload("d-law", self.ancestor, root / "d-law")
+        self.proxy = average([self.device], 0, ProxyPhase(), into=folder(root / "proxy"))
+        writer = self.ancestor.model_copy(update={"folder": self.device.model})
+        self.transfer = transfer(folder(root / "transfer"), writer)

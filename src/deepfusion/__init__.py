@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from deepfusion.ancestors import make, take
     from deepfusion.phases.assemble import merge
     from deepfusion.phases.cluster import cluster
+    from deepfusion.phases.consult import consult, likelihoods
     from deepfusion.phases.data import build_corpus
     from deepfusion.phases.device import train_device
-    from deepfusion.phases.distill import consult, distill
+    from deepfusion.phases.distill import distill
     from deepfusion.phases.evaluate import evaluate
     from deepfusion.phases.proxy import average
     from deepfusion.phases.shift import shift
@@ -43,6 +44,7 @@ __all__ = [
     "distill",
     "evaluate",
     "gather",
+    "likelihoods",
     "make",
     "materialise",
     "merge",
@@ -65,10 +67,11 @@ _PHASES = {
     "average": "phases.proxy",
     "build_corpus": "phases.data",
     "cluster": "phases.cluster",
-    "consult": "phases.distill",
+    "consult": "phases.consult",
     "distill": "phases.distill",
     "evaluate": "phases.evaluate",
     "gather": "phases.transfer",
+    "likelihoods": "phases.consult",
     "make": "ancestors",
     "materialise": "phases.upload",
     "merge": "phases.assemble",

@@ -293,6 +293,12 @@ class TransferSet(Artifact):
         return self.folder / "tokenizers"
 
 
+class Likelihoods(Artifact):
+    """How likely one model finds each document of the transfer set."""
+
+    nats: dict[str, float]  # document → −log p of all of it; without those that the model cannot take
+
+
 class Teaching(Artifact):
     """What one teacher says, asked after the fact, about documents of the transfer set: `signals.safetensors`."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from deepfusion.artifacts import (
+    Artifact,
     Checkpoint,
     Clusters,
     Corpus,
@@ -48,7 +49,7 @@ def conclude(
     phases: Sequence[Mapping[str, Any]],
     warnings: Sequence[str] = (),
     *,
-    parts: Mapping[str, Mapping[str, Sequence[Checkpoint]]] | None = None,
+    parts: Mapping[str, Mapping[str, Sequence[Artifact]]] | None = None,
     rounds: Mapping[str, Sequence[Round]] | None = None,
     shifted: TransferSet | None = None,
     into: Path,
@@ -134,7 +135,7 @@ def _compute(
     teachings: Sequence[Teaching],
     students: Mapping[str, Checkpoint],
     branches: Sequence[Checkpoint],
-    before: Mapping[str, Mapping[str, Sequence[Checkpoint]]],
+    before: Mapping[str, Mapping[str, Sequence[Artifact]]],
 ) -> list[Compute]:
     """Server compute by system and part. All that learn from the transfer text are charged for having it written."""
     asked = sum((teaching.work for teaching in teachings), Work())
@@ -155,7 +156,7 @@ def _compute(
         Compute("deepfusion", "tune", tuned),
     ]
     for name, student in students.items():
-        if name in CONTROLS or name in ("btx", "ofa_kd"):
+        if name in CONTROLS or name in ("btx", "ofa_kd", "fedmkt"):
             parts.append(Compute(name, "write", transfer.work))
             if name in ("dense_kd", "ofa_kd"):
                 parts.append(Compute(name, "consult", asked))
@@ -163,7 +164,7 @@ def _compute(
                 parts.append(Compute(name, "shift", shifting))
             for part, made in before.get(name, {}).items():
                 parts.append(Compute(name, part, sum((one.work for one in made), Work())))
-            if not (name == "ofa_kd" and not shares.tune):  # then its MoE is the merged one
+            if shares.tune or name not in ("ofa_kd", "fedmkt"):  # then its MoE is the merged one
                 parts.append(Compute(name, "train", student.work))
         elif name == "centralized":
             parts.append(Compute(name, "train", student.work))

@@ -36,10 +36,17 @@ CONTROLS = {
     "pooled_text_dense": "pooled text (dense)",
     "dense_kd": "distillation (dense)",
 }
-BASELINES = {"ofa_kd": "OFA-KD", "fedavg_dense": "FedAvg (dense)", "btx": "Branch-Train-MiX"}
+BASELINES = {
+    "ofa_kd": "OFA-KD",
+    "fedmkt": "FedMKT (server side)",
+    "fedavg_dense": "FedAvg (dense)",
+    "btx": "Branch-Train-MiX",
+}
 BOUNDS = {"centralized": "centralised training"}
 BESIDE = {
-    "upcycle", "ofa_joint", "ofa_own_vector", "ofa_branch", "ofa_assemble", "ofa_tune", "fedavg_device",
+    "upcycle", "ofa_joint", "ofa_own_vector", "ofa_branch", "ofa_assemble", "ofa_tune", "fedmkt_likelihoods",
+    "fedmkt_consult", "fedmkt_joint", "fedmkt_own_vector", "fedmkt_branch", "fedmkt_assemble", "fedmkt_tune",
+    "fedavg_device",
     "fedavg_materialise", "fedavg_round", "btx_device", "btx_materialise", "btx_branch", "btx_merge",
 }  # fmt: skip
 """Phases of which references are made, beside those that have a reference's name."""

@@ -10,8 +10,19 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from deepfusion.artifacts import Artifact, Checkpoint, Clusters, Corpus, Proxy, Teaching, TransferSet, Upload
+from deepfusion.artifacts import (
+    Artifact,
+    Checkpoint,
+    Clusters,
+    Corpus,
+    Likelihoods,
+    Proxy,
+    Teaching,
+    TransferSet,
+    Upload,
+)
 from deepfusion.config import DistillPhase, Recipe
+from deepfusion.roles import Teacher
 
 A = TypeVar("A", bound=Artifact)
 
@@ -34,6 +45,7 @@ class Given:
     start: Future[Checkpoint]  # what a dense student starts from: the base, or the base with task vectors
     kin: dict[int, Future[Proxy]]  # cluster → its proxy of the base's own lineage, of those whose task vectors are used
     uploads: Sequence[Upload]  # of the devices that the run accepted
+    fluent: Sequence[Teacher]  # all that write, or could
     clusters: Clusters
     transfer: Future[TransferSet]
     lessons: Future[TransferSet]  # the transfer set as students are taught it, shifted or not
@@ -54,6 +66,29 @@ class Students:
     branches: list[Future[Checkpoint]]
     merged: Future[Checkpoint]
     moe: Future[Checkpoint]
+
+
+def choose(go: Go, given: Given, distill: DistillPhase, *, prefix: str = "", priority: int) -> list[Future[Teaching]]:
+    """Every document taught by who finds it likeliest, of all that write, if it finds it likelier than the student.
+
+    `prefix` tells the phases of a baseline from the run's own.
+    """
+    found = {
+        one.name: go(
+            Likelihoods, f"{prefix}likelihoods", one.name, model=one.model, transfer=given.transfer, priority=priority
+        )
+        for one in given.fluent
+    }  # fmt: skip
+    student = go(
+        Likelihoods, f"{prefix}likelihoods", "student", model=given.start, transfer=given.transfer, priority=priority
+    )  # fmt: skip
+    return [
+        go(
+            Teaching, f"{prefix}consult", one.name, teacher=one.model, cluster=one.cluster, transfer=given.transfer,
+            config=distill.consultation, among=found, student=student, priority=priority,
+        )
+        for one in given.fluent
+    ]  # fmt: skip
 
 
 def students(go: Go, given: Given, distill: DistillPhase, *, prefix: str = "", priority: int) -> Students:

@@ -37,7 +37,9 @@ def _phases(recipe: Recipe) -> Iterator[tuple[str, int, str]]:
     yield "shift", int(recipe.distill.shifted), one
     vectors = int(recipe.distill.task_vectors > 0 and of_the_base(recipe.models))
     yield "task_vectors", vectors, one
-    if recipe.distill.teachers == "proxies":
+    if recipe.distill.teachers == "likeliest":
+        yield from _chosen(recipe, devices, at_least=given)
+    elif recipe.distill.teachers == "proxies":
         yield "consult", k, _several(k, "for each proxy", at_least=True)
     elif isinstance(recipe.distill.objective, VAAObjective):
         own = recipe.transfer.writers == "devices"
@@ -62,18 +64,21 @@ def _phases(recipe: Recipe) -> Iterator[tuple[str, int, str]]:
 def _baseline(recipe: Recipe, name: str, devices: int, *, given: bool) -> Iterator[tuple[str, int, str]]:
     """What comes before a baseline for which devices train."""
     adapters, one = recipe.device.upload == "adapter", "depends on steps that have not run"
-    if name == "ofa_kd":
+    if name == "fedmkt":
+        yield from _chosen(recipe, devices, "fedmkt_", at_least=given)
+    if name in ("ofa_kd", "fedmkt"):
+        short = name.removesuffix("_kd")
         k, shares = recipe.cluster.k, recipe.distill.shares
-        yield "ofa_joint", int(shares.joint > 0), one
+        yield f"{short}_joint", int(shares.joint > 0), one
         most = k * recipe.distill.own_task_vectors * (recipe.distill.task_vectors > 0 and of_the_base(recipe.models))
         yield (
-            "ofa_own_vector",
+            f"{short}_own_vector",
             most,
             f"at most {most} steps, one for each cluster with devices that start from the base",
         )
-        yield "ofa_branch", k * (shares.branch > 0), _several(k, "for each cluster")
-        yield "ofa_assemble", 1, one
-        yield "ofa_tune", int(shares.tune > 0), one
+        yield f"{short}_branch", k * (shares.branch > 0), _several(k, "for each cluster")
+        yield f"{short}_assemble", 1, one
+        yield f"{short}_tune", int(shares.tune > 0), one
     if name == "fedavg_dense":
         rounds = recipe.baselines.fedavg_dense.rounds
         trained = devices * rounds
@@ -87,6 +92,15 @@ def _baseline(recipe: Recipe, name: str, devices: int, *, given: bool) -> Iterat
         yield "btx_materialise", devices * adapters, _several(devices, "for each device", at_least=given)
         yield "btx_branch", k, _several(k, "for each cluster")
         yield "btx_merge", 1, one
+
+
+def _chosen(recipe: Recipe, devices: int, prefix: str = "", *, at_least: bool) -> Iterator[tuple[str, int, str]]:
+    """Where the likeliest teach: who finds what how likely, and what they say of it."""
+    own = recipe.transfer.writers == "devices"
+    asked, of = (devices, "for each device") if own else (recipe.cluster.k, "for each proxy")
+    at_least = at_least or not own
+    yield f"{prefix}likelihoods", asked + 1, _several(asked + 1, f"{of} and the student", at_least=at_least)
+    yield f"{prefix}consult", asked, _several(asked, of, at_least=at_least)
 
 
 def _several(count: int, each: str, *, at_least: bool = False) -> str:

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -35,7 +35,7 @@ from deepfusion.engine import Engine, StepError, Watcher, futures, resolved
 from deepfusion.errors import InputError, concerns_all
 from deepfusion.inputs import by_content
 from deepfusion.labels import left_out
-from deepfusion.learning import Given, students
+from deepfusion.learning import Given, choose, students
 from deepfusion.outlook import waiting
 from deepfusion.planner import NotYetRunError, PlannedStep, Planner
 from deepfusion.references import references
@@ -44,7 +44,7 @@ from deepfusion.steps import FIRST, LAST, STEPS, placed
 from deepfusion.store import Store, link_tree
 
 A = TypeVar("A", bound=Artifact)
-ROUTED = {"merged", "deepfusion", "pooled_text", "centralized", "btx", "ofa_kd"}  # systems that are MoEs
+ROUTED = {"merged", "deepfusion", "pooled_text", "centralized", "btx", "ofa_kd", "fedmkt"}  # systems that are MoEs
 
 
 def run(
@@ -207,7 +207,11 @@ class _Method:
             for teacher in roles.consulted(own, proxies, recipe)
         ]  # fmt: skip
         budget = 3.0 * base.result().active_parameters * recipe.distill.budget_tokens
-        given = Given(recipe, corpus, base, start, kin, accepted, members, transfer, lessons, teachings, budget)
+        fluent = roles.fluent(own, proxies, members, recipe.transfer)
+        given = Given(recipe, corpus, base, start, kin, accepted, fluent, members, transfer, lessons, teachings, budget)
+        if recipe.distill.teachers == "likeliest":
+            teachings = choose(self.go, given, recipe.distill, priority=FIRST)
+            given = replace(given, teachings=teachings)
         ours = students(self.go, given, recipe.distill, priority=FIRST)
 
         beside = references(self.go, given)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from deepfusion.artifacts import Checkpoint, Round, Upload
-from deepfusion.config import PLAIN, DevicePhase
-from deepfusion.learning import Given, Go, students
+from deepfusion.config import PLAIN, DevicePhase, DistillPhase
+from deepfusion.learning import Given, Go, choose, students
 from deepfusion.steps import LAST
 
 
@@ -21,7 +21,7 @@ class Beside:
 
     models: dict[str, Future[Checkpoint]] = field(default_factory=dict)  # name → model, as the recipe wants them
     # Name → what it took the server before its last training, by part.
-    parts: dict[str, dict[str, list[Future[Checkpoint]]]] = field(default_factory=dict)
+    parts: dict[str, dict[str, Sequence[Future[Any]]]] = field(default_factory=dict)
     rounds: dict[str, list[Future[Round]]] = field(default_factory=dict)  # baseline → what its devices have done for it
 
 
@@ -47,6 +47,8 @@ def references(go: Go, given: Given) -> Beside:
             made = _btx(go, given, beside)
         elif name == "ofa_kd":
             made = _ofa(go, given, beside)
+        elif name == "fedmkt":
+            made = _fedmkt(go, given, beside)
         elif name == "dense_kd":
             made = go(
                 Checkpoint, name, base=given.start, transfer=given.lessons, config=recipe.distill, **common,
@@ -71,7 +73,7 @@ def _merged(go: Go, given: Given, phase: str, students: Sequence[Future[Checkpoi
     )  # fmt: skip
 
 
-# ── another objective ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── other objectives ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _ofa(go: Go, given: Given, beside: Beside) -> Future[Checkpoint]:
@@ -80,14 +82,27 @@ def _ofa(go: Go, given: Given, beside: Beside) -> Future[Checkpoint]:
     Teachers are heard as they spoke: a shift is known of runs of bytes alone.
     """
     config = given.recipe.distill.model_copy(update={"objective": given.recipe.baselines.ofa_kd, "shifted": False})
-    plain = replace(given, lessons=given.transfer)
-    made = students(go, plain, config, prefix="ofa_", priority=LAST)
-    shares = config.shares
-    beside.parts["ofa_kd"] = {
-        "joint": [made.joint] * (shares.joint > 0),
-        "branch": made.branches * (shares.branch > 0),
-        "router": [made.merged],
-    }
+    return _otherwise(go, replace(given, lessons=given.transfer), config, "ofa", "ofa_kd", beside)
+
+
+def _fedmkt(go: Go, given: Given, beside: Beside) -> Future[Checkpoint]:
+    """The same with FedMKT's loss, and its choice of a teacher for each document among all that write."""
+    own = given.recipe.baselines.fedmkt
+    fields = {"objective": own.objective, "teachers": "likeliest", "teacher_top_k": own.top_k, "shifted": False}
+    config = given.recipe.distill.model_copy(update=fields)
+    teachings = choose(go, given, config, prefix="fedmkt_", priority=LAST)
+    beside.parts["fedmkt"] = {"consult": teachings}
+    plain = replace(given, lessons=given.transfer, teachings=teachings)
+    return _otherwise(go, plain, config, "fedmkt", "fedmkt", beside)
+
+
+def _otherwise(go: Go, given: Given, config: DistillPhase, short: str, name: str, beside: Beside) -> Future[Checkpoint]:
+    made = students(go, given, config, prefix=f"{short}_", priority=LAST)
+    beside.parts.setdefault(name, {}).update(
+        joint=[made.joint] * (config.shares.joint > 0),
+        branch=made.branches * (config.shares.branch > 0),
+        router=[made.merged],
+    )
     return made.moe
 
 

@@ -95,17 +95,29 @@ def writers(
     """Per cluster the models that write: its devices', or its proxies; without clusters that nobody writes for."""
     if not {"answered", "sampled"} & set(config.kinds):
         return []
-    chosen: list[tuple[int, list[Upload | Future[Proxy]]]] = []
+    chosen: dict[int, list[Upload | Future[Proxy]]] = {}
+    for one in fluent(devices, proxies, clusters, config):
+        chosen.setdefault(one.cluster, []).append(one.model)
+    return list(chosen.items())
+
+
+def fluent(
+    devices: Sequence[Teacher], proxies: Sequence[Teacher], clusters: Clusters, config: TransferPhase
+) -> list[Teacher]:
+    """Cluster by cluster the models that may write: its devices', or its proxies where it has too many devices."""
+    found: list[Teacher] = []
     for cluster, members in enumerate(clusters.members):
         own = config.writers == "devices" and len(members) <= config.max_writers
-        models = [one.model for one in (devices if own else proxies) if one.cluster == cluster]
-        if models:
-            chosen.append((cluster, models))
-    return chosen
+        found += [one for one in (devices if own else proxies) if one.cluster == cluster]
+    return found
 
 
 def consulted(devices: Sequence[Teacher], proxies: Sequence[Teacher], recipe: Recipe) -> Sequence[Teacher]:
-    """Teachers asked after the fact; where writers teach, only VAA needs more than they said while writing."""
+    """Teachers asked after the fact about text that is theirs; where writers teach, only VAA needs more than they said
+    while writing. None where the likeliest teach, of whom the text decides.
+    """
+    if recipe.distill.teachers == "likeliest":
+        return []
     if recipe.distill.teachers == "proxies":
         return proxies
     if not isinstance(recipe.distill.objective, VAAObjective):

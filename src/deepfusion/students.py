@@ -99,7 +99,8 @@ def transfer_lessons(
             kept while writing, with the features that it was asked for, if it was; public documents have none.
         cluster: only what this cluster knows; none: everything.
         ask: `writers`: one lesson per document; `proxies`: one per document and teacher of the document's cluster (or
-            of `cluster`, which is then asked about every public document, as published).
+            of `cluster`, which is then asked about every public document, as published);
+            `likeliest`: one per document and teacher that has been asked about it.
         only_public: leave out written documents.
         objective: what the lessons are for: its `focus`, the patches of features that it wants, and how it hears
             teachers with other tokenizers.
@@ -124,7 +125,9 @@ def transfer_lessons(
         if cluster is not None and document.cluster != cluster and not about_all:
             continue
         knows = document.cluster if cluster is None else cluster
-        if ask == "proxies":
+        if ask == "likeliest":
+            teachers = [one for one in said.values() if document.id in one.signals.of]
+        elif ask == "proxies":
             teachers = [one for name, one in said.items() if knows_of[name] == knows and document.id in one.signals.of]
         else:
             own = writers.get(document.writer or "")

@@ -130,6 +130,25 @@ def test_proxies_write_where_the_recipe_says_so(tmp_path: Path) -> None:
     assert every["consult"][0].steps == 4
 
 
+def test_all_that_write_are_asked_where_the_likeliest_teach(tmp_path: Path) -> None:
+    """Each about everything, and then about its share."""
+    load = extent(tmp_path / "a", "distill.teachers=likeliest")
+    tasks = by_phase(worked_out(load))
+    (writers, student), [consult] = tasks["likelihoods"], tasks["consult"]
+    assert (writers.steps, student.steps, consult.steps) == (4, 1, 4)
+    assert writers.tokens == student.tokens == pytest.approx(4 * consult.tokens)
+    assert student.shape == load.base.shape
+    beside = by_phase(worked_out(extent(tmp_path / "b", "evaluate.references=[fedmkt]")))
+    assert beside["fedmkt_likelihoods"][0].tokens == writers.tokens
+    assert {task.kept for task in beside["fedmkt_consult"]} == {128}
+    own = by_phase(worked_out(extent(tmp_path / "c", "evaluate.references=[]")))
+    for phase in ("joint", "branch", "assemble", "tune"):
+        assert [task.flops for task in beside[f"fedmkt_{phase}"]] == [task.flops for task in own[phase]]
+    assert not any(task.own for name, found in beside.items() if name.startswith("fedmkt") for task in found)
+    few = by_phase(worked_out(extent(tmp_path / "d", "distill.teachers=likeliest", "transfer.max_writers=1")))
+    assert few["consult"][0].steps == 4  # two lineages in each of two clusters
+
+
 def test_a_shifted_teacher_is_paid_by_the_joint_student(tmp_path: Path) -> None:
     tasks = by_phase(worked_out(extent(tmp_path, "distill.shifted=true", "distill.budget_tokens=100_000")))
     [shift], [joint] = tasks["shift"], tasks["joint"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from deepfusion.config.phases import OFAObjective
+from deepfusion.config.phases import LogitsObjective, OFAObjective
 from deepfusion.config.section import Section
 
 
@@ -19,10 +19,27 @@ class FedAvg(Section):
     its one upload."""
 
 
+class FedMKT(Section):
+    """The server's side of FedMKT (arXiv 2406.02224)."""
+
+    ce_weight: float = Field(default=0.9, gt=0, le=1)
+    """λ: the loss is λ times the cross-entropy, plus 1 − λ times that to the teacher's distribution."""
+    top_k: int = Field(default=128, ge=1)
+    """Probabilities kept of the teacher of a document."""
+
+    @property
+    def objective(self) -> LogitsObjective:
+        """The loss, up to a factor and to what does not depend on the student."""
+        beta = (1 - self.ce_weight) / self.ce_weight
+        return LogitsObjective(beta=beta, focus=0, label_teaches=False, across="mined")
+
+
 class Baselines(Section):
     """Settings of the baselines among `evaluate.references`; they share all others with the run."""
 
     ofa_kd: OFAObjective = OFAObjective()
     """The objective in place of the run's own; start, text, teachers, budget, branches and tuning are the run's."""
+    fedmkt: FedMKT = FedMKT()
+    """Who teaches what, and with what weight; start, text, budget, branches and tuning are the run's."""
     fedavg_dense: FedAvg = FedAvg()
     """Rounds of federated averaging."""

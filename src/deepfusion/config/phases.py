@@ -265,9 +265,10 @@ class DistillPhase(Section):
     """Server training budget, as tokens through the dense base model; a MoE token counts by its active parameters."""
     shares: Shares = Shares()
     objective: Objective = LogitsObjective()
-    teachers: Literal["writers", "proxies"] = "writers"
+    teachers: Literal["writers", "proxies", "likeliest"] = "writers"
     """writers: each document's own writer, by the probabilities it kept while writing; proxies: the cluster's averaged
-    models, asked about every document."""
+    models, asked about every document; likeliest: of all that write, in whatever cluster, the one that finds a document
+    likeliest, and none where the student finds it likelier still (DualMinCE, arXiv 2406.02224)."""
     shifted: bool = False
     """Teachers' probabilities are taken as a shift of the base's own: base · writer / the writer's public ancestor. For
     bases that are better language models than the devices' (real text); costs a pass of the base over written text."""
@@ -400,7 +401,9 @@ class TunePhase(Section):
     training: Training = Training(learning_rate=3e-4)
 
 
-Reference = Literal["pooled_text", "pooled_text_dense", "dense_kd", "centralized", "ofa_kd", "fedavg_dense", "btx"]
+Reference = Literal[
+    "pooled_text", "pooled_text_dense", "dense_kd", "centralized", "ofa_kd", "fedmkt", "fedavg_dense", "btx"
+]
 
 
 class EvaluatePhase(Section):
@@ -413,8 +416,9 @@ class EvaluatePhase(Section):
         "centralized",
     )
     """What to train beside the run: the controls pooled_text, pooled_text_dense and dense_kd at equal server compute,
-    the upper bound centralized, and the baselines ofa_kd (the run under another objective), fedavg_dense (rounds of
-    averaging one dense model) and btx (Branch-Train-MiX), for which every device trains the base."""
+    the upper bound centralized, and the baselines ofa_kd (the run under another objective), fedmkt (the run with
+    FedMKT's choice of teachers and its objective), fedavg_dense (rounds of averaging one dense model) and btx
+    (Branch-Train-MiX), for which every device trains the base."""
     centralized_tokens: int = Field(default=3_000_000, ge=1)
     """Most tokens the centralised MoE may train on; it stops earlier when held-out text no longer improves."""
     patience: int = Field(default=3, ge=1)

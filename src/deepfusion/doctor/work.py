@@ -94,9 +94,7 @@ def _transfer(of: Extent) -> Iterator[Task]:
     sampled, answered = (texts / k for texts in of.texts())
     largest = max(of.by_device().values(), key=lambda start: start.shape.active)
     if sampled + answered:
-        writers = len(of.text.private) / k
-        if transfer.writers == "proxies" or writers > transfer.max_writers:
-            writers = of.proxies()[0] / k
+        writers = _fluent(of) / k
         tokens = of.taught() / k
         asked = of.mean(lambda start: of.known(start).tokens(of.text.questions)) / k
         scored = 2 * writers * asked if answered else 0  # by each writer, and by its ancestor
@@ -121,9 +119,19 @@ def _transfer(of: Extent) -> Iterator[Task]:
     yield from _consulted(of, largest)
 
 
+def _fluent(of: Extent) -> int:
+    """How many models write, or could."""
+    transfer, devices = of.recipe.transfer, len(of.text.private)
+    own = transfer.writers == "devices" and devices / of.recipe.cluster.k <= transfer.max_writers
+    return devices if own else of.proxies()[0]
+
+
 def _consulted(of: Extent, largest: Start) -> Iterator[Task]:
     distill, k = of.recipe.distill, of.recipe.cluster.k
     shape = largest.shape
+    if distill.teachers == "likeliest":
+        yield from _chosen(of, largest, distill.teacher_top_k)
+        return
     kept = min(distill.teacher_top_k or shape.vocabulary, shape.vocabulary)
     written = of.taught() / k
     if distill.teachers == "proxies":
@@ -140,6 +148,23 @@ def _consulted(of: Extent, largest: Start) -> Iterator[Task]:
         "consult", count, "read", shape, tokens, forward=tokens * shape.active, batch=2**13, taught=tokens,
         kept=kept, disk=disk,
     )  # fmt: skip
+
+
+def _chosen(of: Extent, largest: Start, top_k: int | None, prefix: str = "", *, own: bool = True) -> Iterator[Task]:
+    """All that write find out how likely they find all text, and so does the student; each speaks of its share."""
+    everything = of.mean(lambda start: of.known(start).tokens(of.text.public)) + of.taught()
+    asked = _fluent(of)
+    for steps, shape, tokens, phase in (
+        (asked, largest.shape, everything, "likelihoods"),
+        (1, of.base.shape, everything, "likelihoods"),
+        (asked, largest.shape, everything / asked, "consult"),
+    ):
+        kept = min(top_k or shape.vocabulary, shape.vocabulary) if phase == "consult" else 0
+        held = tokens if kept else 0
+        yield Task(
+            f"{prefix}{phase}", steps, "read", shape, tokens, forward=tokens * shape.active, batch=2**13, taught=held,
+            kept=kept, disk=held * (kept * SIGNAL + SIGNAL_TOKEN), own=own,
+        )  # fmt: skip
 
 
 def _students(of: Extent) -> Iterator[Task]:
@@ -179,9 +204,13 @@ def _beside(of: Extent) -> Iterator[Task]:
     if {"pooled_text", "centralized"} & set(wanted):
         yield _assembly(of, "upcycle", base, moe, own=False)
     for name in dict.fromkeys(wanted):
-        if name == "ofa_kd":
+        if name in ("ofa_kd", "fedmkt"):
+            short = name.removesuffix("_kd")
+            if name == "fedmkt":
+                largest = max(of.by_device().values(), key=lambda start: start.shape.active)
+                yield from _chosen(of, largest, recipe.baselines.fedmkt.top_k, "fedmkt_", own=False)
             plain = replace(of, recipe=of.recipe.model_copy(update={"distill": distill.model_copy(update=UNSHIFTED)}))
-            yield from (replace(task, phase=f"ofa_{task.phase}", own=False) for task in _students(plain))
+            yield from (replace(task, phase=f"{short}_{task.phase}", own=False) for task in _students(plain))
             continue
         if name in ("fedavg_dense", "btx"):
             yield from _federated(of, name)
@@ -232,7 +261,7 @@ def _evaluations(of: Extent, base: Shape, moe: Shape) -> Iterator[Task]:
     wanted = recipe.evaluate.references
     students = 2 + of.task_vectors + k  # base and joint student
     students += len({"pooled_text_dense", "dense_kd", "fedavg_dense"} & set(wanted))
-    routed = 2 + len({"pooled_text", "centralized", "btx", "ofa_kd"} & set(wanted))  # merged and tuned
+    routed = 2 + len({"pooled_text", "centralized", "btx", "ofa_kd", "fedmkt"} & set(wanted))  # merged and tuned
     count, members = of.proxies()
     yield _evaluation(of, of.base, base, students)
     yield _evaluation(of, of.base, moe, routed, passes=1 + k * (recipe.evaluate.removal and k > 1))
