@@ -27,14 +27,14 @@ LAYERS = (
         "precision",
     ),
     ("layouts", "families", "weights", "checkpoints", "adapters", "routing", "scoring", "encoders"),
-    ("objectives", "data", "training", "students", "ancestors", "writing", "figures", "page"),
+    ("objectives", "data", "training", "students", "ancestors", "writing", "figures", "page", "rendering"),
     ("phases", "conclusion"),
     ("baselines",),
     ("engine", "worker", "preload", "steps"),
     ("planner", "outlook", "learning"),
     ("references",),
     ("pipeline", "inference"),
-    ("cli", "display", "summary", "reference", "doctor", "import_gguf", "__init__"),
+    ("cli", "comparison", "display", "summary", "reference", "doctor", "import_gguf", "__init__"),
 )
 LIGHT = ("deepfusion", "deepfusion.cli", "deepfusion.config", "deepfusion.artifacts", "deepfusion.store")
 HEAVY = {"torch", "transformers", "datasets", "sklearn", "matplotlib", "accelerate"}

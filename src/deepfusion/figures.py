@@ -9,9 +9,9 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, Protocol
 
 import matplotlib as mpl
 import numpy as np
@@ -27,6 +27,7 @@ INK, MUTED, LINE, ACCENT, SURFACE = "#010203", "#010204", "#010205", "#010206", 
 VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line", ACCENT: "--accent", SURFACE: "--surface"}
 RASTER = (0.16, 0.58, 0.56)  # a middle tone that reads on both backgrounds, for matrices too large to draw cell by cell
 LARGEST_DRAWN = 40
+MARKERS = ("o", "s", "^", "D", "v", "P")
 TUNED = STAGES["deepfusion"]
 NO_DATE: dict[str, Any] = {"Date": None}
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (9, 3)), (0, (3, 1, 1, 1, 1, 1)))
@@ -49,6 +50,20 @@ STYLE: dict[Any, Any] = {
     "ytick.color": INK,
     "hatch.linewidth": 0.7,
 }
+
+
+class Spread(Protocol):
+    """A mean, and half of its interval, if it has one."""
+
+    @property
+    def mean(self) -> float:
+        """The mean."""
+        ...
+
+    @property
+    def half(self) -> float | None:
+        """Half of the interval."""
+        ...
 
 
 def _svg(figure: Figure, name: str, title: str) -> str:
@@ -261,6 +276,46 @@ def _bars(axes: Axes, entries: list[tuple[str, int]], title: str, server: int | 
         axes.invert_yaxis()
     note = f" ({left_out} smaller ones not drawn)" if left_out else ""
     axes.set_title(title + (note if entries else ": not measured"))
+
+
+def trend(
+    name: str,
+    lines: Mapping[str, Sequence[Spread | None]],
+    places: Sequence[str],
+    title: str,
+    result: str,
+    written: Callable[[float], str] | None = None,
+) -> str:
+    """A line for each system over the variants of a recipe, with the interval of each mean.
+
+    Args:
+        name: keeps ids apart.
+        lines: system → its mean and interval at each place; none: not measured.
+        places: the variants' names.
+        title: what is drawn.
+        result: the system that stands out.
+        written: numbers of the axis as text; none: as they are. With it the axis begins at 0.
+    """
+    with _Styled():
+        figure, (axes,) = _figure(min(8.6, 3.4 + 1.1 * len(places)), 2.8)
+        for number, (label, line) in enumerate(lines.items()):
+            found = [(place, one) for place, one in enumerate(line) if one is not None]
+            look: dict[str, Any] = {"color": INK, "linewidth": 1.0, "linestyle": DASHES[number % len(DASHES)]}
+            if label == result:
+                look = {"color": ACCENT, "linewidth": 2.0}
+            axes.errorbar(
+                [place for place, _ in found], [one.mean for _, one in found], [one.half or 0.0 for _, one in found],
+                label=_short(label, 28), marker=MARKERS[number % len(MARKERS)], markersize=4, capsize=2, **look,
+            )  # fmt: skip
+        axes.set_xticks(range(len(places)), [_short(place, 24) for place in places])
+        axes.set_xlim(-0.5, len(places) - 0.5)
+        axes.grid(axis="y", color=LINE, linewidth=0.5)
+        axes.set_title(title)
+        if written is not None:
+            axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter(lambda value, _: written(value))
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8, handlelength=3.2)
+        return _svg(figure, name, title)
 
 
 def size(count: float) -> str:

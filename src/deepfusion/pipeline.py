@@ -48,11 +48,23 @@ ROUTED = {"merged", "deepfusion", "pooled_text", "centralized", "btx", "ofa_kd",
 
 
 def run(
-    recipe: Recipe, out: str | Path | None = None, runtime: Runtime | None = None, watch: Watcher | None = None
+    recipe: Recipe,
+    out: str | Path | None = None,
+    runtime: Runtime | None = None,
+    watch: Watcher | None = None,
+    *,
+    steps: Path | None = None,
 ) -> Report:
     """Run a recipe, or what is left of it, in `out` (default `runs/<name>`), and return its report.
 
     `out` then holds `moe/` (an ordinary checkpoint with its model card), `report.html`, `results.json` and `steps/`.
+
+    Args:
+        recipe: what to run.
+        out: where.
+        runtime: how.
+        watch: told of every step.
+        steps: where steps are kept, if not in `out`: recipes that differ in their last phases share the first.
 
     Raises:
         ValueError: one line about what in the recipe or its inputs is wrong.
@@ -61,13 +73,16 @@ def run(
 
     keyed = by_content(recipe)  # first of all: it finds what is missing
     out = _folder(recipe, out)
+    store = Store(steps or out / "steps")
+    at = store.root.parent
     try:
+        at.mkdir(parents=True, exist_ok=True)
         out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock")
-        with lock.acquire(timeout=0), Engine(Store(out / "steps"), runtime or Runtime(), watch) as engine:
+        lock = FileLock(at / ".lock")
+        with lock.acquire(timeout=0), Engine(store, runtime or Runtime(), watch) as engine:
             return _publish(_Method(recipe, keyed, engine), out)
     except Timeout:
-        raise InputError(f"{out} is in use by another run: wait for it, or give --out another folder") from None
+        raise InputError(f"{at} is in use by another run: wait for it, or give --out another folder") from None
 
 
 def plan(recipe: Recipe, out: str | Path | None = None) -> list[PlannedStep]:

@@ -3,10 +3,13 @@
 from deepfusion.cli import runs  # first: commands are listed as they are met
 
 # isort: split
+from deepfusion.cli import comparison
+
+# isort: split
 from deepfusion.cli import models
 from deepfusion.cli.app import DEBUG, app
 
-__all__ = ["DEBUG", "app", "main", "models", "runs"]
+__all__ = ["DEBUG", "app", "comparison", "main", "models", "runs"]
 
 
 def main() -> None:

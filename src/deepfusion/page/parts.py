@@ -21,6 +21,7 @@ class Table:
     headings: Mapping[int, str] = field(default_factory=dict)  # row → a line of text above it
     strong: frozenset[int] = frozenset()  # rows that stand out
     best: frozenset[tuple[int, int]] = frozenset()  # (row, column)
+    sure: frozenset[tuple[int, int]] = frozenset()  # (row, column) of which something is significant
     caption: str = ""
 
 

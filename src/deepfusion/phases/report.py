@@ -6,17 +6,17 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from deepfusion.artifacts import Checkpoint, Report
 from deepfusion.checkpoints import open_config
 from deepfusion.families import TARGETS, experts, family
 from deepfusion.findings import Compute, Findings, Measured, Step, headline, main_subset, mean
-from deepfusion.labels import METRICS, QUESTIONS, counted, in_order, joined, label
+from deepfusion.labels import METRICS, QUESTIONS, in_order, joined, label
 from deepfusion.outcome import results
+from deepfusion.rendering import page, template
 from deepfusion.weights import shapes
 
 __all__ = ["Compute", "Findings", "Measured", "Part", "Step", "model_card", "parameter_split", "report"]
@@ -45,16 +45,12 @@ def report(findings: Findings, *, into: Path) -> Report:
     tree = results(findings, rows)
     text = json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False)
     (into / "results.json").write_text(text, encoding="utf-8")
-    page = _template("report.html.j2").render(
-        run=findings.run,
-        summary=summary(findings, rows),
-        tiles=tiles(findings, rows),
-        sections=sections(findings, rows),
-        seed=findings.seed,
-        digest=findings.recipe_digest,
+    footer = f"Seed {findings.seed}, recipe {findings.recipe_digest}."
+    text = page(
+        findings.run, summary(findings, rows), sections(findings, rows), tiles=tiles(findings, rows), footer=footer,
         versions=findings.versions,
-    )
-    (into / "report.html").write_text(page, encoding="utf-8")
+    )  # fmt: skip
+    (into / "report.html").write_text(text, encoding="utf-8")
     return Report(folder=into, name=findings.run, headline=headline(rows))
 
 
@@ -71,7 +67,7 @@ def model_card(findings: Findings, model: Checkpoint, *, into: Path) -> Path:
         "license_name": "that-of-its-ancestors",
         "tags": ["moe", "deepfusion", model.model_type, "federated-learning", "knowledge-distillation"],
     }
-    card = _template("model_card.md.j2").render(
+    card = template("model_card.md.j2").render(
         front=yaml.safe_dump(front, sort_keys=False),
         findings=findings,
         model=model,
@@ -115,23 +111,3 @@ def parameter_split(folder: Path) -> list[Part]:
     if not tied:
         used["embedding"] = held["embedding"] // config.vocab_size
     return [Part(name, held[role], used[role]) for role, name in named.items() if held[role]]
-
-
-def _template(name: str) -> Any:
-    def escaped(template: str | None) -> bool:
-        return template is not None and template.endswith(".html.j2")
-
-    environment = Environment(
-        loader=PackageLoader("deepfusion"),
-        autoescape=escaped,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    cast("dict[str, Any]", environment.filters).update(md=_markdown, counted=counted)
-    return environment.get_template(name)
-
-
-def _markdown(text: str) -> str:
-    """Text that Markdown shows as it is, also inside a table."""
-    return "".join("\\" + c if c in "\\`*_[]<>|#" else c for c in " ".join(text.split()))

@@ -1,0 +1,110 @@
+"""The command about many runs."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Column, Table
+
+from deepfusion.cli import options
+from deepfusion.cli.app import STDOUT, command, emit
+from deepfusion.cli.options import (
+    Accelerator,
+    AsJson,
+    OnAccelerator,
+    Overrides,
+    Quiet,
+    RecipeName,
+    Threads,
+    Workers,
+)
+
+
+@command
+def compare(
+    recipe: RecipeName,
+    seeds: Annotated[
+        str, typer.Option(metavar="N", help="How many, from the recipe's on; or which, as in 3,4,5.")
+    ] = "3",
+    systems: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="What to compare with: evaluate.references.", show_default="the recipe's"),
+    ] = None,
+    devices: Annotated[str | None, typer.Option(metavar="N,N", help="Numbers of devices to run with.")] = None,
+    vary: Annotated[
+        list[str] | None, typer.Option("--vary", metavar="KEY=[A, B]", help="Values of a key to run with, one by one.")
+    ] = None,
+    overrides: Overrides = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where.", show_default="runs/<name>-compared")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Seeds run side by side, each with its workers.")] = 1,
+    workers: Workers = None,
+    threads: Threads = 1,
+    accelerator: OnAccelerator = Accelerator.cpu,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe over seeds, and over values of its keys, and compare all systems: intervals, paired tests, costs.
+
+    Every run is resumed where it was stopped. Writes tables as HTML, Markdown, LaTeX and CSV.
+
+    Example: `deepfusion compare demo --seeds 5 --systems dense_kd,ofa_kd,fedmkt,centralized --devices 16,32`
+    """
+    from deepfusion.comparison.collect import Plan, collect
+    from deepfusion.comparison.grid import DEVICES, variants
+    from deepfusion.comparison.grid import seeds as read
+    from deepfusion.comparison.sections import quality
+    from deepfusion.comparison.writing import write
+    from deepfusion.config import Recipe
+    from deepfusion.display import Display
+
+    settings = list(overrides or ())
+    asked = ["deepfusion", "compare", recipe, "--seeds", seeds]
+    if systems is not None:
+        settings.append(f"evaluate.references=[{systems}]")
+        asked += ["--systems", systems]
+    asked += ["--devices", devices] if devices is not None else []
+    asked += [part for setting in vary or () for part in ("--vary", setting)]
+    asked += [part for setting in overrides or () for part in ("--set", setting)]
+    first = Recipe.load(recipe, settings)
+    axes = [*([f"{DEVICES}=[{devices}]"] if devices is not None else []), *(vary or ())]
+    plan = Plan(recipe, settings, variants(axes), read(seeds, first.seed))
+    into = folder or Path("runs") / f"{first.name}-compared"
+    runtime = options.runtime(workers, threads, accelerator)
+    if workers is None and jobs > 1:
+        runtime = runtime.model_copy(update={"workers": max(1, runtime.workers // jobs)})
+    with Display(quiet=quiet) as display:
+        study = collect(plan, into, runtime, display, jobs)
+    files = write(study, shlex.join(asked), into)
+    if as_json:
+        emit(study.tree() | {"report": str(files[0])})
+    elif not quiet:
+        questions = study.questions()
+        for question in questions:
+            if question.subset == questions[0].subset:
+                STDOUT.print(_printed(quality(study, question)))
+        STDOUT.print(*map(str, files), sep="\n", markup=False, soft_wrap=True)
+    if study.failed:
+        raise typer.Exit(1)
+
+
+def _printed(table: object) -> Table:
+    from rich.markup import escape
+
+    from deepfusion.page.parts import Table as Cells
+
+    assert isinstance(table, Cells)
+    heads = [Column(escape(head), justify="left" if n < table.texts else "right") for n, head in enumerate(table.heads)]
+    printed = Table(*heads, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for number, row in enumerate(table.rows):
+        cells = [
+            ("[bold]{}[/bold]" if (number, place) in table.best else "{}").format(escape(cell))
+            + ("†" if (number, place) in table.sure else "")
+            for place, cell in enumerate(row)
+        ]
+        printed.add_row(*cells)
+    return printed

@@ -1,0 +1,87 @@
+"""What a comparison runs: every combination of values of the keys that vary, with every seed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, cast
+
+import yaml
+
+from deepfusion.errors import InputError
+
+DEVICES = "data.partition.devices"
+LONGEST_NAME = 60
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The recipe with some of its keys set."""
+
+    name: str  # for people; empty: the recipe as it is
+    settings: tuple[str, ...] = ()  # key=value
+
+    @property
+    def folder(self) -> str:
+        """The name as that of a folder."""
+        return re.sub(r"[^\w.+-]+", "-", self.name).strip("-")[:LONGEST_NAME] or "as-written"
+
+
+def variants(vary: Sequence[str]) -> list[Variant]:
+    """Every combination of the values of `key=[value, …]`, in order; of nothing, the recipe as it is.
+
+    Raises:
+        InputError: one of them is no key with a list of values, or two combinations would have one folder.
+    """
+    axes: list[list[tuple[str, str]]] = []
+    for setting in vary:
+        key, values = _values(setting)
+        axes.append([(f"{key}={json.dumps(value)}", _named(key, value)) for value in values])
+    found = [
+        Variant(", ".join(name for _, name in combination), tuple(setting for setting, _ in combination))
+        for combination in product(*axes)
+    ]
+    folders = [variant.folder for variant in found]
+    for variant in found:
+        if folders.count(variant.folder) > 1:
+            raise InputError(f"--vary: several variants are called {variant.folder!r}: leave all but one out")
+    return found
+
+
+def _values(setting: str) -> tuple[str, list[Any]]:
+    key, equals, text = setting.partition("=")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values = None
+    if not equals or not key.strip() or not isinstance(values, list) or not values:
+        raise InputError(f"--vary takes key=[value, value], not {setting!r}")
+    return key.strip(), cast("list[Any]", values)
+
+
+def _named(key: str, value: Any) -> str:
+    if key == DEVICES:
+        return f"N = {value}"
+    written = yaml.safe_dump(value, default_flow_style=True, width=10_000).strip().removesuffix("\n...")
+    return f"{key.rpartition('.')[2]} = {written.strip('{}')}"
+
+
+def seeds(text: str, first: int = 0) -> list[int]:
+    """`5`: five seeds from `first` on; `3,4,7`: these; `3,`: this one.
+
+    Raises:
+        InputError: it is neither, or names a seed twice.
+    """
+    parts = [part for part in text.split(",") if part.strip()]
+    try:
+        numbers = [int(part) for part in parts]
+    except ValueError:
+        numbers = []
+    if "," not in text and numbers:
+        numbers = list(range(first, first + numbers[0]))
+    if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
+        raise InputError(f"--seeds takes how many, or which, as in 5 or 3,4,7; not {text!r}")
+    return numbers
