@@ -19,8 +19,8 @@ from seen import Seen
 from tiny import HERE, recipe
 
 BASELINES = (
-    "evaluate.references=[ofa_kd, fedmkt, fedavg_dense, btx]",
-    "baselines={fedavg_dense: {rounds: 2}, ofa_kd: {stages: 1}}",
+    "evaluate.references=[ofa_kd, fedmkt, fedjets, fedavg_dense, btx]",
+    "baselines={fedavg_dense: {rounds: 2}, fedjets: {rounds: 2}, ofa_kd: {stages: 1}}",
 )
 # Hand-made models, nothing of the run's own training: it is not what is tested here.
 BARE = ("distill.budget_tokens=3000", "transfer.sampled_per_cluster=4")
@@ -49,12 +49,12 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
 
 def test_baselines_are_measured_beside_the_run(done: tuple[Path, dict[str, Any], Seen]) -> None:
     _, found, seen = done
-    assert {"ofa_kd", "fedmkt", "fedavg_dense", "btx"} <= {row["system"] for row in found["rows"]}
+    assert {"ofa_kd", "fedmkt", "fedjets", "fedavg_dense", "btx"} <= {row["system"] for row in found["rows"]}
     ran = Counter(name.split()[0] for name in seen.ran)
     assert (ran["fedavg_device"], ran["fedavg_round"], ran["btx_device"], ran["btx_branch"]) == (8, 2, 4, 2)
     sides = {phase["name"]: phase["side"] for phase in found["phases"]}
     assert {sides[name] for name in (*BESIDE & sides.keys(), "fedavg_dense", "btx")} == {"reference"}
-    assert {"btx", "ofa_kd", "fedmkt"} <= found["routing"].keys()
+    assert {"btx", "ofa_kd", "fedmkt", "fedjets"} <= found["routing"].keys()
 
 
 @pytest.mark.parametrize(("name", "short"), [("ofa_kd", "ofa"), ("fedmkt", "fedmkt")])
@@ -142,6 +142,30 @@ def test_what_goes_over_the_wire_is_counted(done: tuple[Path, dict[str, Any], Se
     assert found["bytes"]["baselines"]["btx"]["down"] == pytest.approx(4 * size, rel=0.1)
 
 
+def test_parts_of_an_moe_go_round(done: tuple[Path, dict[str, Any], Seen]) -> None:
+    """Two rounds of four devices with an anchor in each cluster; then tuned, and the better by held-out text stays."""
+    out, found, _ = done
+    told = [step_record(out, "fedjets_device", f"round-{n}-device-0{device}") for n in (1, 2) for device in range(4)]
+    assert {tuple(one["experts"]) for one in told} == {(0, 1)}  # of two clusters, both
+    assert {one["owner"] for one in told[:4]} == {one["owner"] for one in told[4:]} == {0, 1, None}
+    traffic = found["bytes"]["baselines"]["fedjets"]
+    base = sum(file.stat().st_size for file in next(out.glob("steps/make/base-*")).iterdir() if file.name != RECORD)
+    sent = sum(one["down_bytes"] for one in told[: 4 * traffic["rounds"]])
+    assert traffic["up"] == sum(one["bytes"] for one in told[: 4 * traffic["rounds"]])
+    assert traffic["down"] == pytest.approx(sent + 4 * base, rel=0.01)
+    first, _ = step(out, "fedjets_start", "fedjets_start")
+    last, _ = step(out, "fedjets_round", "2")
+    assert first.keys() == last.keys()
+    judged = step_record(out, "fedjets", "fedjets")
+    kept, tuned = (step_record(out, name, name) for name in ("fedjets_best", "fedjets_tune"))
+    losses = [loss for _, loss in judged["heldout"]]
+    assert [number for number, _ in judged["heldout"]] == [kept["number"], tuned["number"]]
+    assert judged["work"] == (kept if losses[0] <= losses[1] else tuned)["work"]
+    if judged["work"]["tokens"]:
+        [spent] = [p for p in found["compute"] if p["system"] == "fedjets"]
+        assert spent["part"] == "train"
+
+
 def test_experts_are_what_clusters_made_of_the_base(done: tuple[Path, dict[str, Any], Seen]) -> None:
     out, found, _ = done
     moe, _ = step(out, "btx_merge", "btx_merge")
@@ -163,6 +187,12 @@ def test_a_plan_counts_what_devices_train_for_baselines(tmp_path: Path) -> None:
     assert (planned["ofa_joint"], planned["ofa_branch"], planned["ofa_assemble"], planned["ofa_tune"]) == (1, 2, 1, 1)
     assert "ofa_own_vector" not in planned
     assert [planned[f"fedmkt_{phase}"] for phase in ("likelihoods", "consult", "joint", "tune")] == [5, 4, 1, 1]
+    assert (planned["fedjets_device"], planned["fedjets_round"], planned["fedjets_tune"], planned["fedjets"]) == (
+        8,
+        2,
+        1,
+        1,
+    )
     assert (planned["btx_device"], planned["btx_branch"], planned["btx_merge"], planned["btx"]) == (4, 2, 1, 1)
     assert "fedavg_materialise" not in planned
     adapters = {one.phase for one in pipeline.plan(recipe(*BASELINES, "device.method=lora", "device.upload=adapter"))}

@@ -193,6 +193,14 @@ class Upload(Artifact):
         return self.folder / self.sends
 
 
+class Client(Upload):
+    """What a device makes of the part of an MoE that it is sent, in a round of FedJETS."""
+
+    experts: tuple[int, ...]  # clusters whose experts it has, in order
+    owner: int | None  # of an anchor, its cluster
+    down_bytes: int  # that it was sent for it
+
+
 class Rejection(BaseModel):
     """A device that was left out, and why."""
 

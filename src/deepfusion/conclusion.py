@@ -166,7 +166,7 @@ def _compute(
                 parts.append(Compute(name, part, sum((one.work for one in made), Work())))
             if shares.tune or name not in ("ofa_kd", "fedmkt"):  # then its MoE is the merged one
                 parts.append(Compute(name, "train", student.work))
-        elif name == "centralized":
+        elif name in ("centralized", "fedjets"):
             parts.append(Compute(name, "train", student.work))
     return [part for part in parts if part.work.token_parameters]
 

@@ -39,6 +39,7 @@ CONTROLS = {
 BASELINES = {
     "ofa_kd": "OFA-KD",
     "fedmkt": "FedMKT (server side)",
+    "fedjets": "FedJETS",
     "fedavg_dense": "FedAvg (dense)",
     "btx": "Branch-Train-MiX",
 }
@@ -46,7 +47,7 @@ BOUNDS = {"centralized": "centralised training"}
 BESIDE = {
     "upcycle", "ofa_joint", "ofa_own_vector", "ofa_branch", "ofa_assemble", "ofa_tune", "fedmkt_likelihoods",
     "fedmkt_consult", "fedmkt_joint", "fedmkt_own_vector", "fedmkt_branch", "fedmkt_assemble", "fedmkt_tune",
-    "fedavg_device",
+    "fedjets_start", "fedjets_device", "fedjets_round", "fedjets_best", "fedjets_tune", "fedavg_device",
     "fedavg_materialise", "fedavg_round", "btx_device", "btx_materialise", "btx_branch", "btx_merge",
 }  # fmt: skip
 """Phases of which references are made, beside those that have a reference's name."""

@@ -54,7 +54,7 @@ def _phases(recipe: Recipe) -> Iterator[tuple[str, int, str]]:
     yield "upcycle", int(bool({"pooled_text", "centralized"} & references)), one
     for name in dict.fromkeys(recipe.evaluate.references):
         yield from _baseline(recipe, name, devices, given=given)
-        if name in STEPS:
+        if name in STEPS and not (name == "fedjets" and not shares.tune):
             yield name, 1, one
     models = 4 + vectors + devices + 2 * k + len(references)  # four: base, joint student, merged and tuned MoE
     yield "evaluate", models, _several(models, "for each model", at_least=True)
@@ -79,6 +79,14 @@ def _baseline(recipe: Recipe, name: str, devices: int, *, given: bool) -> Iterat
         yield f"{short}_branch", k * (shares.branch > 0), _several(k, "for each cluster")
         yield f"{short}_assemble", 1, one
         yield f"{short}_tune", int(shares.tune > 0), one
+    if name == "fedjets":
+        rounds, tuned = recipe.baselines.fedjets.rounds, recipe.distill.shares.tune > 0
+        yield "fedjets_start", 1, one
+        trained = devices * rounds
+        yield "fedjets_device", trained, _several(trained, "for each device and round", at_least=given)
+        yield "fedjets_round", rounds, _several(rounds, "for each round")
+        yield "fedjets_best", 1, one
+        yield "fedjets_tune", int(tuned), one
     if name == "fedavg_dense":
         rounds = recipe.baselines.fedavg_dense.rounds
         trained = devices * rounds

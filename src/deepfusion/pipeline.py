@@ -44,7 +44,16 @@ from deepfusion.steps import FIRST, LAST, STEPS, placed
 from deepfusion.store import Store, link_tree
 
 A = TypeVar("A", bound=Artifact)
-ROUTED = {"merged", "deepfusion", "pooled_text", "centralized", "btx", "ofa_kd", "fedmkt"}  # systems that are MoEs
+ROUTED = {
+    "merged",
+    "deepfusion",
+    "pooled_text",
+    "centralized",
+    "btx",
+    "ofa_kd",
+    "fedmkt",
+    "fedjets",
+}  # systems that are MoEs
 
 
 def run(

@@ -4,12 +4,13 @@ same devices, and one that sees everything.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from deepfusion.artifacts import Checkpoint, Round, Upload
+from deepfusion.artifacts import Checkpoint, Client, Round, Upload
 from deepfusion.config import PLAIN, DevicePhase, DistillPhase
 from deepfusion.learning import Given, Go, choose, students
 from deepfusion.steps import LAST
@@ -30,6 +31,7 @@ def references(go: Go, given: Given) -> Beside:
     recipe = given.recipe
     wanted = dict.fromkeys(recipe.evaluate.references)
     beside = Beside()
+    made: Future[Any]
     copies: Future[Checkpoint] | None = None
     if {"pooled_text", "centralized"} & wanted.keys():
         copies = _merged(go, given, "upcycle", [given.base] * recipe.cluster.k)
@@ -41,6 +43,8 @@ def references(go: Go, given: Given) -> Beside:
                 Checkpoint, name, moe=copies, corpus=given.corpus, training=training,
                 config=recipe.evaluate, balance=recipe.tune.balance, seed=recipe.seed, priority=LAST - 1,
             )  # fmt: skip
+        elif name == "fedjets":
+            made = _fedjets(go, given, beside)
         elif name == "fedavg_dense":
             made = _fedavg(go, given, beside)
         elif name == "btx":
@@ -104,6 +108,46 @@ def _otherwise(go: Go, given: Given, config: DistillPhase, short: str, name: str
         router=[made.merged],
     )
     return made.moe
+
+
+# ── devices that train parts of an MoE ────────────────────────────────────────────────────────────────────────────────
+
+
+def _fedjets(go: Go, given: Given, beside: Beside) -> Future[Round]:
+    recipe, config = given.recipe, given.recipe.baselines.fedjets
+    assemble = recipe.assemble.model_copy(update={"router": "random"})  # there is no text to measure one on
+    moe: Future[Any] = go(
+        Checkpoint, "fedjets_start", base=given.base, k=recipe.cluster.k, config=assemble, seed=recipe.seed,
+        priority=LAST,
+    )  # fmt: skip
+    anchors = {
+        device for members in given.clusters.members for device in members[: math.ceil(config.anchors * len(members))]
+    }
+    epochs = config.epochs or recipe.device.epochs / config.rounds
+    training = recipe.device.model_copy(update={"epochs": epochs})
+    rounds: list[Future[Round]] = []
+    for number in range(1, config.rounds + 1):
+        clients = [
+            go(
+                Client, "fedjets_device", f"round-{number}-{upload.device}", device=upload.device, sent=moe,
+                base=given.base, corpus=given.corpus, cluster=given.clusters.of(upload.device), config=config,
+                training=training, anchor=upload.device in anchors, seed=recipe.seed + 1000 + place, priority=LAST,
+            )
+            for place, upload in enumerate(given.uploads)
+        ]  # fmt: skip
+        moe = go(Round, "fedjets_round", str(number), sent=moe, clients=clients, base=given.base, priority=LAST)
+        rounds.append(moe)
+    judged = {"corpus": given.corpus, "training": recipe.device.training, "priority": LAST}
+    best = go(Round, "fedjets_best", rounds=rounds, **judged)
+    made = best
+    if recipe.distill.shares.tune:
+        tuned = go(
+            Round, "fedjets_tune", moe=best, transfer=given.transfer, config=recipe.tune,
+            budget=recipe.distill.shares.tune * given.budget, seed=recipe.seed, priority=LAST,
+        )  # fmt: skip
+        made = go(Round, "fedjets", rounds=[best, tuned], **judged)
+    beside.rounds["fedjets"] = [made]
+    return made
 
 
 # ── devices that all train the base ───────────────────────────────────────────────────────────────────────────────────

@@ -149,6 +149,20 @@ def test_all_that_write_are_asked_where_the_likeliest_teach(tmp_path: Path) -> N
     assert few["consult"][0].steps == 4  # two lineages in each of two clusters
 
 
+def test_devices_that_train_parts_of_an_moe(tmp_path: Path) -> None:
+    rounds = "baselines.fedjets={rounds: 3, experts: 1}"
+    load = extent(tmp_path / "a", "evaluate.references=[fedjets]", rounds)
+    tasks = by_phase(worked_out(load))
+    [device], [tuned] = tasks["fedjets_device"], tasks["fedjets_tune"]
+    assert device.steps == 3 * 4
+    assert device.shape is not None
+    assert load.base.shape.parameters <= device.shape.parameters < load.moe.parameters
+    assert tuned.shape == load.moe
+    assert not any(task.own for name, found in tasks.items() if name.startswith("fedjets") for task in found)
+    whole = by_phase(worked_out(extent(tmp_path / "b", "evaluate.references=[fedjets]")))
+    assert whole["fedjets_device"][0].shape == load.moe  # both of two clusters' experts
+
+
 def test_a_shifted_teacher_is_paid_by_the_joint_student(tmp_path: Path) -> None:
     tasks = by_phase(worked_out(extent(tmp_path, "distill.shifted=true", "distill.budget_tokens=100_000")))
     [shift], [joint] = tasks["shift"], tasks["joint"]

@@ -18,7 +18,7 @@ ORDER: tuple[Subset, ...] = ("private_only", "all", "public")
 ROWS = ("base", "device", *CONTROLS, *BASELINES, RESULT, *BOUNDS)
 """Systems that stand in tables, in this order; the stages in between are in the files of values."""
 LOWER_IS_BETTER = frozenset({"token_log_perplexity", "answer_nats_per_byte"})
-TRAINED_FOR = {RESULT: "device", "fedavg_dense": "fedavg_device", "btx": "btx_device"}
+TRAINED_FOR = {RESULT: "device", "fedjets": "fedjets_device", "fedavg_dense": "fedavg_device", "btx": "btx_device"}
 """Who has devices train, and in which phase."""
 
 

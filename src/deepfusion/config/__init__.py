@@ -6,7 +6,7 @@ where). `data`, `models` and `phases` hold the sections, `recipe` the whole and 
 `--set`, `faults` words what is wrong with them.
 """
 
-from deepfusion.config.baselines import Baselines, FedAvg
+from deepfusion.config.baselines import Baselines, FedAvg, FedJETS, FedMKT
 from deepfusion.config.data import Data, FileData, MadeOptions, Partition, SyntheticData, TextSource
 from deepfusion.config.models import MadeModel, Models, ModelSource, ModelType, Training
 from deepfusion.config.phases import (
@@ -46,6 +46,8 @@ __all__ = [
     "EvaluatePhase",
     "Features",
     "FedAvg",
+    "FedJETS",
+    "FedMKT",
     "FileData",
     "LoRA",
     "LogitsObjective",

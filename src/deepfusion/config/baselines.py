@@ -19,6 +19,22 @@ class FedAvg(Section):
     its one upload."""
 
 
+class FedJETS(Section):
+    """Rounds in which devices train parts of an MoE (arXiv 2306.08586)."""
+
+    rounds: int = Field(default=5, ge=1)
+    """How often every device trains its part and sends it back; of them and of what tuning on public text makes of the
+    best, the one that finds held-out text likeliest is the result."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over a device's text in each round; none: device.epochs / rounds."""
+    experts: int = Field(default=2, ge=1)
+    """Clusters whose experts a device is sent."""
+    anchors: float = Field(default=0.3, gt=0, le=1)
+    """Least share of each cluster's devices that know which experts are theirs."""
+    gate_weight: float = Field(default=1.0, gt=0)
+    """What an anchor's loss of sending its text to another expert weighs beside its cross-entropy."""
+
+
 class FedMKT(Section):
     """The server's side of FedMKT (arXiv 2406.02224)."""
 
@@ -41,5 +57,7 @@ class Baselines(Section):
     """The objective in place of the run's own; start, text, teachers, budget, branches and tuning are the run's."""
     fedmkt: FedMKT = FedMKT()
     """Who teaches what, and with what weight; start, text, budget, branches and tuning are the run's."""
+    fedjets: FedJETS = FedJETS()
+    """Rounds of training parts of an MoE."""
     fedavg_dense: FedAvg = FedAvg()
     """Rounds of federated averaging."""

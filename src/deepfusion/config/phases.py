@@ -402,7 +402,7 @@ class TunePhase(Section):
 
 
 Reference = Literal[
-    "pooled_text", "pooled_text_dense", "dense_kd", "centralized", "ofa_kd", "fedmkt", "fedavg_dense", "btx"
+    "pooled_text", "pooled_text_dense", "dense_kd", "centralized", "ofa_kd", "fedmkt", "fedjets", "fedavg_dense", "btx"
 ]
 
 
@@ -417,8 +417,8 @@ class EvaluatePhase(Section):
     )
     """What to train beside the run: the controls pooled_text, pooled_text_dense and dense_kd at equal server compute,
     the upper bound centralized, and the baselines ofa_kd (the run under another objective), fedmkt (the run with
-    FedMKT's choice of teachers and its objective), fedavg_dense (rounds of averaging one dense model) and btx
-    (Branch-Train-MiX), for which every device trains the base."""
+    FedMKT's choice of teachers and its objective), fedjets (rounds of training parts of the MoE), fedavg_dense (rounds
+    of averaging one dense model) and btx (Branch-Train-MiX), for which every device trains the base."""
     centralized_tokens: int = Field(default=3_000_000, ge=1)
     """Most tokens the centralised MoE may train on; it stops earlier when held-out text no longer improves."""
     patience: int = Field(default=3, ge=1)

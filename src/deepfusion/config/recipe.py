@@ -81,6 +81,11 @@ class Recipe(Section):
                 "distill.shifted needs tune.objective.across: auto or span_likelihood, the only one whose base can be "
                 f"shifted, not {self.tune.objective.across}"
             )
+        if "fedjets" in self.evaluate.references and self.baselines.fedjets.experts > self.cluster.k:
+            raise ValueError(
+                f"baselines.fedjets.experts is {self.baselines.fedjets.experts}, but cluster.k is {self.cluster.k}: a "
+                "device cannot be sent the experts of more clusters than there are: lower it or raise k"
+            )
         if self.assemble.top_k > self.cluster.k:
             raise ValueError(
                 f"assemble.top_k is {self.assemble.top_k}, but cluster.k is {self.cluster.k}, and no token can use "

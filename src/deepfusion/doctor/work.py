@@ -9,10 +9,12 @@ from typing import Literal
 
 import torch
 
+from deepfusion.baselines.fedjets import pruned
 from deepfusion.config import Training, VAAObjective
 from deepfusion.doctor.extent import Extent
 from deepfusion.doctor.models import Start, trained
 from deepfusion.doctor.shapes import Shape
+from deepfusion.phases.assemble import shape_of
 
 UNSHIFTED = {"shifted": False}
 SIGNAL, SIGNAL_TOKEN = 6, 14  # bytes on disk of a kept alternative, and of a token beside them
@@ -212,6 +214,9 @@ def _beside(of: Extent) -> Iterator[Task]:
             plain = replace(of, recipe=of.recipe.model_copy(update={"distill": distill.model_copy(update=UNSHIFTED)}))
             yield from (replace(task, phase=f"{short}_{task.phase}", own=False) for task in _students(plain))
             continue
+        if name == "fedjets":
+            yield from _fedjets(of)
+            continue
         if name in ("fedavg_dense", "btx"):
             yield from _federated(of, name)
             continue
@@ -226,6 +231,30 @@ def _beside(of: Extent) -> Iterator[Task]:
             yield _training(of, name, shape, distill.training, tokens, lessons, kept, own=False)
     yield from _evaluations(of, base, moe)
     yield Task("report", 1)
+
+
+def _fedjets(of: Extent) -> Iterator[Task]:
+    """A baseline for which devices train parts of an MoE."""
+    recipe, base, moe, known = of.recipe, of.base.shape, of.moe, of.known(of.base)
+    config, device, devices = recipe.baselines.fedjets, recipe.device, len(of.text.private)
+    whole = shape_of(of.base.config, recipe.cluster.k, recipe.assemble).config
+    part = Shape.of(pruned(whole, config.experts))
+    epochs = config.epochs or device.epochs / config.rounds
+    own, public = known.tokens(of.text.everyones) / devices, known.tokens(of.text.public)
+    tokens = epochs * (own + min(public, own * device.replay))
+    size = moe.parameters * size_of(of.sent)
+    yield Task("fedjets_start", 1, shape=base, disk=size, own=False)
+    task = _training(
+        of, "fedjets_device", part, device.training, tokens, own + public, steps=config.rounds * devices, own=False
+    )  # fmt: skip
+    yield replace(task, disk=2 * task.disk)  # what it was sent beside what it made of that
+    yield Task("fedjets_round", config.rounds, shape=base, disk=size, own=False)
+    batch, kept = device.training.rows * device.training.context, float(known.tokens(of.text.heldout))
+    for phase, read in (("fedjets_best", config.rounds * kept), ("fedjets", 2 * kept)):
+        yield Task(phase, 1, "read", moe, read, forward=read * moe.active, batch=batch, own=False)
+    if recipe.distill.shares.tune:
+        held, left = of.held(only_public=True), of.left(recipe.distill.shares.tune, base, moe)
+        yield _training(of, "fedjets_tune", moe, recipe.tune.training, left, held[0], own=False)
 
 
 def _federated(of: Extent, name: str) -> Iterator[Task]:
@@ -261,7 +290,9 @@ def _evaluations(of: Extent, base: Shape, moe: Shape) -> Iterator[Task]:
     wanted = recipe.evaluate.references
     students = 2 + of.task_vectors + k  # base and joint student
     students += len({"pooled_text_dense", "dense_kd", "fedavg_dense"} & set(wanted))
-    routed = 2 + len({"pooled_text", "centralized", "btx", "ofa_kd", "fedmkt"} & set(wanted))  # merged and tuned
+    routed = 2 + len(
+        {"pooled_text", "centralized", "btx", "ofa_kd", "fedmkt", "fedjets"} & set(wanted)
+    )  # merged and tuned
     count, members = of.proxies()
     yield _evaluation(of, of.base, base, students)
     yield _evaluation(of, of.base, moe, routed, passes=1 + k * (recipe.evaluate.removal and k > 1))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 
 from deepfusion import adapters, checkpoints, memory
 from deepfusion.artifacts import Checkpoint, Corpus, Upload, Work
@@ -58,13 +61,8 @@ def train_device(
             adapters.attach(model, config.lora, seed=seed)
         tokenizer = Tokenizer(checkpoints.open_tokenizer(ancestor.folder))
         kind = family(model.config.model_type)
-        context = context_length(model.config)
-        own = lessons(private, tokenizer, config.training, context)
-        public = lessons(read_jsonl(corpus.public, Document), tokenizer, config.training, context)
-    own_tokens = sum(map(len, own))
-    replay = _sample(public, own_tokens * config.replay, seed)
-    tokens = config.epochs * (own_tokens + sum(map(len, replay)))
-    schedule = Schedule(own + replay, tokens, config.training, packs=kind.packs, seed=seed)
+        text = device_text(private, corpus, tokenizer, config, model.config, seed=seed)
+    schedule = Schedule(text.lessons, text.tokens, config.training, packs=kind.packs, seed=seed)
     learner = Learner(model, build_objective(PLAIN, 0, 0, {}))
     done = fit(learner, schedule, config.training, seed=seed, into=into, runtime=runtime)
     memory.note(into, before)
@@ -88,7 +86,7 @@ def train_device(
         lineage=ancestor.lineage,
         parameters=ancestor.parameters,
         active_parameters=active,
-        tokens=own_tokens,
+        tokens=text.own_tokens,
         embedding=embedding.hex(),
         bytes=upload_bytes(into / sends, embedding),
         losses=done.losses,
@@ -97,6 +95,38 @@ def train_device(
         sends=sends,
         work=_work(done.tokens, active, trained if adapts else 0),
     ).sealed()
+
+
+@dataclass(frozen=True)
+class DeviceText:
+    """What a device trains on."""
+
+    lessons: list[Lesson]  # its own, and public ones
+    own_tokens: int
+    tokens: float  # of all epochs
+
+
+def device_text(
+    private: Sequence[Document],
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    config: DevicePhase,
+    shape: PreTrainedConfig,
+    *,
+    seed: int,
+    cluster: int = -1,
+) -> DeviceText:
+    """A device's private text, and as much public text as is to be mixed in; `cluster` is whose its own text is.
+
+    Raises:
+        ValueError: an answer does not fit the context.
+    """
+    context = context_length(shape)
+    own = lessons(private, tokenizer, config.training, context, cluster=cluster)
+    public = lessons(read_jsonl(corpus.public, Document), tokenizer, config.training, context)
+    own_tokens = sum(map(len, own))
+    replay = _sample(public, own_tokens * config.replay, seed)
+    return DeviceText(own + replay, own_tokens, config.epochs * (own_tokens + sum(map(len, replay))))
 
 
 def _work(tokens: int, active: int, adapter: int) -> Work:

@@ -120,7 +120,7 @@ def hidden_means(model: PreTrainedModel, text: Sequence[Ids]) -> Float[Tensor, "
     found: list[Tensor | None] = []
     for cluster in text:
         total, count = None, 0
-        for states in _ffn_inputs(model, cluster):
+        for states in ffn_inputs(model, cluster):
             part = states.double().sum(dim=1)
             total, count = part if total is None else total + part, count + states.shape[1]
         found.append(None if total is None else total / count)
@@ -137,7 +137,7 @@ def logit_spread(
     """Standard deviation of the router logits that `rows` give, over all tokens and experts; float32."""
     squares, sums, count = torch.zeros(len(rows)).double(), torch.zeros(len(rows)).double(), 0
     for cluster in text:
-        for states in _ffn_inputs(model, cluster):
+        for states in ffn_inputs(model, cluster):
             logits = torch.einsum("lth,lkh->ltk", states, rows).double()
             squares += logits.square().sum(dim=(1, 2))
             sums += logits.sum(dim=(1, 2))
@@ -151,13 +151,13 @@ def mean_probability(
     """Mean over all tokens of `layouts.probability` with these rows; float32."""
     total, count = torch.zeros(len(rows)).double(), 0
     for cluster in text:
-        for states in _ffn_inputs(model, cluster):
+        for states in ffn_inputs(model, cluster):
             found = probability(torch.einsum("lth,lkh->ltk", states, rows), layout)
             total, count = total + found.sum(dim=1), count + found.shape[1]
     return (total / count).float()
 
 
-def _ffn_inputs(model: PreTrainedModel, text: Ids) -> Iterator[Float[Tensor, "layers tokens hidden"]]:
+def ffn_inputs(model: PreTrainedModel, text: Ids) -> Iterator[Float[Tensor, "layers tokens hidden"]]:
     """What enters the FFNs, batch by batch: float32, on the CPU, without start tokens and padding."""
     seen: list[Tensor] = []
 
