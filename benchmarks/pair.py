@@ -17,7 +17,8 @@ from deepfusion.artifacts import RECORD, Checkpoint, Clusters, Corpus, Teaching,
 from deepfusion.checkpoints import open_tokenizer, tokenizer_fingerprint
 from deepfusion.config import DistillPhase, EvaluatePhase
 from deepfusion.data.documents import Question, ScoredQuestion, TransferDocument, read_jsonl, write_jsonl
-from deepfusion.phases.distill import consult, distill
+from deepfusion.phases.consult import consult
+from deepfusion.phases.distill import distill
 from deepfusion.phases.evaluate import ROWS, evaluate
 from deepfusion.signals import Signals
 from deepfusion.worker import keep_freed_memory

@@ -18,8 +18,8 @@ from deepfusion.data.documents import TransferDocument, read_jsonl
 from deepfusion.data.tokens import Tokenizer
 from deepfusion.families import context_length
 from deepfusion.objectives import build_objective
+from deepfusion.phases.consult import consult
 from deepfusion.phases.device import train_device
-from deepfusion.phases.distill import consult
 from deepfusion.phases.proxy import average
 from deepfusion.phases.upload import receive
 from deepfusion.signals import Signals
