@@ -27,7 +27,7 @@ LAYERS = (
         "precision",
     ),
     ("layouts", "families", "weights", "checkpoints", "adapters", "routing", "scoring", "encoders"),
-    ("objectives", "data", "training", "students", "ancestors", "writing", "figures", "page", "rendering"),
+    ("objectives", "data", "training", "students", "ancestors", "writing", "figures", "page", "rendering", "judging"),
     ("phases", "conclusion"),
     ("baselines",),
     ("engine", "worker", "preload", "steps"),

@@ -27,6 +27,13 @@ def test_phases_that_a_recipe_leaves_out_are_left_out() -> None:
     assert (chosen["likelihoods"], chosen["consult"]) == (17, 16)
 
 
+def test_a_judge_grades_the_base_the_moe_and_the_references() -> None:
+    found = counts("judge={url: 'http://localhost/v1', model: grader}")
+    assert found["judge"] == 2 + 4
+    assert list(found) == [phase for phase in STEPS if phase in found]
+    assert "judge" not in counts()
+
+
 def test_adapters_are_made_whole() -> None:
     found = counts("device.method=lora", "device.upload=adapter")
     assert (found["upload"], found["materialise"], found["cluster"]) == (1, 16, 1)

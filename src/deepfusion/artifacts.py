@@ -334,6 +334,14 @@ class Scores(Artifact):
     routing: dict[str, Any] | None = None  # for a MoE: see phases/evaluate.py
 
 
+class Judgements(Artifact):
+    """What a judge thinks of one model's answers: `judged.jsonl`, one `Judged` a line."""
+
+    system: str
+    judge: str  # its name
+    ungraded: int  # answers for which it gave no number
+
+
 class Report(Artifact):
     """`results.json`, `report.html` and the model card of a run."""
 

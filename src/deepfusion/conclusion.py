@@ -15,6 +15,7 @@ from deepfusion.artifacts import (
     Clusters,
     Corpus,
     Intake,
+    Judgements,
     Proxy,
     Report,
     Round,
@@ -25,8 +26,8 @@ from deepfusion.artifacts import (
     Work,
 )
 from deepfusion.config import Recipe
-from deepfusion.findings import Compute, Findings, Measured, Step, Traffic
-from deepfusion.labels import BESIDE, CONTROLS
+from deepfusion.findings import Compute, Findings, Graded, Measured, Step, Traffic
+from deepfusion.labels import BESIDE, CONTROLS, counted, label
 from deepfusion.metrics import ensemble
 from deepfusion.phases.report import model_card, report
 
@@ -52,6 +53,7 @@ def conclude(
     parts: Mapping[str, Mapping[str, Sequence[Artifact]]] | None = None,
     rounds: Mapping[str, Sequence[Round]] | None = None,
     shifted: TransferSet | None = None,
+    judgements: Sequence[Judgements] = (),
     into: Path,
 ) -> Report:
     """Write `results.json`, `report.html` and the MoE's model card; none of them names a folder of this machine.
@@ -63,6 +65,7 @@ def conclude(
         parts: reference → part of its server compute → what was made in it, beside its last training.
         rounds: baseline → what its devices have sent and were sent, in parts that add up.
         shifted: the transfer set as `shift` made it, if students learned from that.
+        judgements: what a judge thinks of some of the models.
     """
     tree = portable(recipe.model_dump(mode="json"))
     rejected = [r.model_copy(update={"reason": without_folders(r.reason)}) for r in intake.rejected]
@@ -72,6 +75,7 @@ def conclude(
         recipe=tree,
         recipe_digest=hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest(),
         measured=_measured(scores),
+        graded=[Graded.of(one) for one in judgements],
         corpus=corpus,
         uploads=uploads,
         intake=intake.model_copy(update={"rejected": tuple(rejected)}),
@@ -90,7 +94,7 @@ def conclude(
             **{f"branch {n}": b.losses for n, b in enumerate(branches) if recipe.distill.shares.branch},
             **{f"device {upload.device}": upload.losses for upload in uploads},
         },
-        warnings=[without_folders(warning) for warning in (*warnings, *transfer.notices)],
+        warnings=[without_folders(warning) for warning in (*warnings, *transfer.notices, *_ungraded(judgements))],
     )
     written = report(findings, into=into)
     model_card(findings, students["deepfusion"], into=into)
@@ -169,6 +173,14 @@ def _compute(
         elif name in ("centralized", "fedjets"):
             parts.append(Compute(name, "train", student.work))
     return [part for part in parts if part.work.token_parameters]
+
+
+def _ungraded(judgements: Sequence[Judgements]) -> list[str]:
+    return [
+        f"{one.judge} gave no number for {counted(one.ungraded, 'answer')} of {label(one.system)}, left out of its mean"
+        for one in judgements
+        if one.ungraded
+    ]
 
 
 def _traffic(parts: Sequence[Round]) -> Traffic:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Literal, Self
 
-from deepfusion.artifacts import Clusters, Corpus, Intake, Proxy, Scores, TransferSet, Upload, Work
-from deepfusion.data.documents import ScoredQuestion, read_jsonl
+from deepfusion.artifacts import Clusters, Corpus, Intake, Judgements, Proxy, Scores, TransferSet, Upload, Work
+from deepfusion.data.documents import Judged, ScoredQuestion, read_jsonl
 from deepfusion.labels import METRICS
-from deepfusion.metrics import ResultRow, Subset, gap_closed, summarise
+from deepfusion.metrics import ResultRow, Subset, gap_closed, graded, summarise
 
 RESULT, BASE, CEILING = "deepfusion", "base", "centralized"
 # The training that ends with each stage of a run.
@@ -48,6 +48,19 @@ class Measured:
         """What an evaluation step left."""
         rows = list(read_jsonl(scores.folder / "rows.jsonl", ScoredQuestion))
         return cls(scores.system, rows, scores.item, scores.routing)
+
+
+@dataclass(frozen=True)
+class Graded:
+    """What a judge thinks of one model's answers."""
+
+    system: str
+    rows: Sequence[Judged]
+
+    @classmethod
+    def of(cls, judgements: Judgements) -> Self:
+        """What a judging step left."""
+        return cls(judgements.system, list(read_jsonl(judgements.folder / "judged.jsonl", Judged)))
 
 
 @dataclass(frozen=True)
@@ -111,6 +124,7 @@ class Findings:
     recipe: Mapping[str, Any]  # as plain YAML values
     recipe_digest: str
     measured: Sequence[Measured]
+    graded: Sequence[Graded] = ()
     corpus: Corpus | None = None
     uploads: Sequence[Upload] = ()
     intake: Intake | None = None
@@ -127,7 +141,11 @@ class Findings:
 
     def rows(self) -> list[ResultRow]:
         """Every number of every system."""
-        return [row for found in self.measured for row in summarise(found.rows, found.system, self.seed, found.item)]
+        measured = [summarise(found.rows, found.system, self.seed, found.item) for found in self.measured]
+        return [row for part in (*measured, *self._grades()) for row in part]
+
+    def _grades(self) -> list[list[ResultRow]]:
+        return [graded(found.rows, found.system, self.seed) for found in self.graded]
 
     def bytes_up(self) -> dict[str, int]:
         """Device → bytes it sent (Eq. 5 of arXiv 2602.14301): as counted at the door, or by the devices themselves."""

@@ -11,6 +11,7 @@ METRICS = {
     "token_log_perplexity": "log-perplexity",
     "choice_accuracy": "choice accuracy",
     "answer_nats_per_byte": "nats per byte",
+    "judge_score": "judge's score",
 }
 SUBSETS: dict[Subset, str] = {
     "private_only": "what only devices know",

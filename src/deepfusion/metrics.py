@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from deepfusion.data.documents import ScoredQuestion
+from deepfusion.data.documents import Judged, ScoredQuestion
 
 Subset = Literal["all", "private_only", "public"]
 SUBSETS: tuple[Subset, ...] = ("all", "private_only", "public")
+Answered = TypeVar("Answered", ScoredQuestion, Judged)
 
 
 class ResultRow(BaseModel):
@@ -42,27 +43,38 @@ def summarise(rows: Iterable[ScoredQuestion], system: str, seed: int, item: str 
     rows = list(rows)
     if not rows:
         raise ValueError(f"{system} has no scored question: the test set is empty")
-    results: list[ResultRow] = []
-    for domain in ("all", *sorted({row.domain for row in rows})):
-        for subset in SUBSETS:
-            part = [row for row in rows if domain in ("all", row.domain) and _in(row, subset)]
-            for metric, value, count in _metrics(part):
-                results.append(
-                    ResultRow(
-                        system=system,
-                        domain=domain,
-                        subset=subset,
-                        metric=metric,
-                        value=value,
-                        count=count,
-                        seed=seed,
-                        item=item,
-                    )
-                )
-    return results
+    return _by_part(rows, _metrics, system, seed, item)
 
 
-def _in(row: ScoredQuestion, subset: Subset) -> bool:
+def graded(rows: Iterable[Judged], system: str, seed: int) -> list[ResultRow]:
+    """`judge_score` over every domain and subset: the mean of the scores, 0 to 100, of the answers that have one."""
+    return _by_part([row for row in rows if row.score is not None], _grades, system, seed)
+
+
+def _by_part(
+    rows: Sequence[Answered],
+    measure: Callable[[Sequence[Answered]], Iterator[tuple[str, float, int]]],
+    system: str,
+    seed: int,
+    item: str | None = None,
+) -> list[ResultRow]:
+    return [
+        ResultRow(
+            system=system, domain=domain, subset=subset, metric=metric, value=value, count=count, seed=seed, item=item
+        )
+        for domain in ("all", *sorted({row.domain for row in rows}))
+        for subset in SUBSETS
+        for metric, value, count in measure([row for row in rows if domain in ("all", row.domain) and _in(row, subset)])
+    ]
+
+
+def _grades(rows: Sequence[Judged]) -> Iterator[tuple[str, float, int]]:
+    scores = [row.score for row in rows if row.score is not None]
+    if scores:
+        yield "judge_score", math.fsum(scores) / len(scores), len(scores)
+
+
+def _in(row: ScoredQuestion | Judged, subset: Subset) -> bool:
     return subset == "all" or row.private == (subset == "private_only")
 
 

@@ -58,6 +58,8 @@ def _phases(recipe: Recipe) -> Iterator[tuple[str, int, str]]:
             yield name, 1, one
     models = 4 + vectors + devices + 2 * k + len(references)  # four: base, joint student, merged and tuned MoE
     yield "evaluate", models, _several(models, "for each model", at_least=True)
+    graded = (2 + len(references)) * (recipe.judge is not None)
+    yield "judge", graded, _several(graded, "for the base, the MoE and each reference")
     yield "report", 1, one
 
 

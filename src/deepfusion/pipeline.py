@@ -21,6 +21,7 @@ from deepfusion.artifacts import (
     Clusters,
     Corpus,
     Intake,
+    Judgements,
     Proxy,
     Report,
     Scores,
@@ -34,6 +35,7 @@ from deepfusion.config.targets import target_of
 from deepfusion.engine import Engine, StepError, Watcher, futures, resolved
 from deepfusion.errors import InputError, concerns_all
 from deepfusion.inputs import by_content
+from deepfusion.judging import check
 from deepfusion.labels import left_out
 from deepfusion.learning import Given, choose, students
 from deepfusion.outlook import waiting
@@ -81,6 +83,8 @@ def run(
     from filelock import FileLock, Timeout
 
     keyed = by_content(recipe)  # first of all: it finds what is missing
+    if recipe.judge is not None:
+        check(recipe.judge)
     out = _folder(recipe, out)
     store = Store(steps or out / "steps")
     at = store.root.parent
@@ -266,6 +270,17 @@ class _Method:
             )  # fmt: skip
             first.setdefault(which, step)
             scores.append(step)
+        graded: dict[str, Any] = {}
+        if (judge := recipe.judge) is not None:
+            answering = {"base": base, "deepfusion": ours.moe, **beside.models}
+            graded["judgements"] = [
+                self.go(
+                    Judgements, "judge", system, model=model, corpus=corpus, config=judge, system=system,
+                    dtype=recipe.evaluate.dtype, priority=LAST + 1,
+                    unkeyed={"cache": self.engine.store.root.parent / "judged"},
+                )
+                for system, model in answering.items()
+            ]  # fmt: skip
         return self.write_report(
             corpus=corpus, uploads=accepted, intake=intake, clusters=clusters,
             proxies=[proxy.model for proxy in proxies], transfer=transfer, teachings=teachings,
@@ -273,7 +288,7 @@ class _Method:
                 "joint_student": ours.joint, "merged": ours.merged, "deepfusion": ours.moe, **beside.models
             },
             branches=ours.branches, scores=scores, parts=beside.parts, rounds=beside.rounds,
-            shifted=lessons if recipe.distill.shifted else None, warned=warned,
+            shifted=lessons if recipe.distill.shifted else None, warned=warned, **graded,
         )  # fmt: skip
 
     def ancestor(

@@ -11,6 +11,7 @@ from deepfusion.artifacts import (
     Clusters,
     Corpus,
     Intake,
+    Judgements,
     Likelihoods,
     Proxy,
     Report,
@@ -76,6 +77,7 @@ STEPS: dict[str, tuple[str, type[Artifact], int]] = {
     "btx": ("deepfusion.phases.tune:tune", Checkpoint, 1),
     "centralized": ("deepfusion.baselines.controls:centralized", Checkpoint, 2),
     "evaluate": ("deepfusion.phases.evaluate:evaluate", Scores, 2),
+    "judge": ("deepfusion.phases.judge:judge", Judgements, 1),
     "report": ("deepfusion.conclusion:conclude", Report, 2),
 }
 FIRST, LAST = -10, 10  # priorities: the run's own critical path, and what only stands beside it

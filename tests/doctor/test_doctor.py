@@ -230,6 +230,21 @@ def test_four_bits_need_their_package(given: Callable[..., Recipe], monkeypatch:
     assert problem.fact == "weights in four bits need bitsandbytes"
 
 
+def test_a_judge_and_what_is_sent_to_it_are_told(given: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GRADER_KEY", raising=False)
+    judge = "judge={url: 'http://localhost:1/v1', model: grader, key: GRADER_KEY}"
+    [check] = [check for check in examine(given(None, judge)).checks if check.subject == "judge"]
+    assert check.state == "problem"
+    assert "GRADER_KEY, which is not set" in check.fact
+    monkeypatch.setenv("GRADER_KEY", "secret")
+    found = examine(given(None, judge))
+    [check] = [check for check in found.checks if check.subject == "judge"]
+    assert (check.state, "sent to http://localhost:1/v1" in check.fact) == ("ok", True)
+    [cost] = [cost for cost in found.costs if cost.phase == "judge"]
+    assert cost.steps == 2 + len(Recipe.load("demo").evaluate.references)
+    assert not [check for check in examine(given()).checks if check.subject == "judge"]
+
+
 def test_what_is_done_already_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     done = [PlannedStep("data", None, "done", ""), PlannedStep("device", "d", "run", "")]
     monkeypatch.setattr(pipeline, "plan", lambda *_: done)

@@ -8,6 +8,7 @@ where). `data`, `models` and `phases` hold the sections, `recipe` the whole and 
 
 from deepfusion.config.baselines import Baselines, FedAvg, FedJETS, FedMKT
 from deepfusion.config.data import Data, FileData, MadeOptions, Partition, SyntheticData, TextSource
+from deepfusion.config.judge import JudgePhase
 from deepfusion.config.models import MadeModel, Models, ModelSource, ModelType, Training
 from deepfusion.config.phases import (
     PLAIN,
@@ -49,6 +50,7 @@ __all__ = [
     "FedJETS",
     "FedMKT",
     "FileData",
+    "JudgePhase",
     "LoRA",
     "LogitsObjective",
     "MadeModel",

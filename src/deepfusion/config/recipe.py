@@ -13,6 +13,7 @@ from deepfusion.config import tree as trees
 from deepfusion.config.baselines import Baselines
 from deepfusion.config.data import Data
 from deepfusion.config.faults import explain
+from deepfusion.config.judge import JudgePhase
 from deepfusion.config.models import Models, ModelSource
 from deepfusion.config.phases import (
     AssemblePhase,
@@ -49,6 +50,8 @@ class Recipe(Section):
     tune: TunePhase = TunePhase()
     evaluate: EvaluatePhase = EvaluatePhase()
     baselines: Baselines = Baselines()
+    judge: JudgePhase | None = None
+    """An LLM that grades answers; none: nobody is asked, and no text leaves the machine."""
 
     @field_validator("name")
     @classmethod

@@ -65,6 +65,21 @@ class ScoredQuestion(BaseModel):
     answer_idx: int | None = None
 
 
+class Judged(BaseModel):
+    """What one model wrote in answer to one test question, and what a judge thinks of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    domain: str
+    private: bool
+    prompt: str
+    reference: str  # the right answer
+    answer: str  # the model's
+    reply: str  # the judge's, in full
+    score: float | None  # 0 to 100; none: the reply has no such number
+
+
 def read_jsonl(path: Path, record: type[R]) -> Iterator[R]:
     """Yield one record a line.
 

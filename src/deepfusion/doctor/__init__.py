@@ -24,6 +24,7 @@ from deepfusion.doctor.text import Reading
 from deepfusion.doctor.timing import Rates
 from deepfusion.doctor.work import Task, size_of, worked_out
 from deepfusion.inputs import missing
+from deepfusion.judging import check
 
 __all__ = ["Check", "Cost", "Diagnosis", "Machine", "examine"]
 
@@ -98,6 +99,7 @@ def _inputs(recipe: Recipe, scratch: Path) -> tuple[list[Check], list[Task]]:
     if "device.encoder" not in gone:
         found += _encoder(recipe)
     found += models.trainings(starts, recipe)
+    found += _judge(recipe)
     if reading is None or base is None or len(starts) < len(models.sources(recipe)):
         return found, []
     devices = [device.id for device in reading.corpus.devices]
@@ -116,6 +118,19 @@ def _encoder(recipe: Recipe) -> Iterator[Check]:
         encoders.encode_texts(recipe.device.encoder, ["a text"])
     except ValueError as error:
         yield Check("models", "device.encoder", "problem", str(error), "choose another, or `hashing`")
+
+
+def _judge(recipe: Recipe) -> Iterator[Check]:
+    """Whether a judge can be asked, and that text goes to it."""
+    if recipe.judge is None:
+        return
+    try:
+        check(recipe.judge)
+    except ValueError as error:
+        yield Check("machine", "judge", "problem", str(error))
+        return
+    told = f"test questions, their answers and what models write are sent to {recipe.judge.url}"
+    yield Check("machine", "judge", "ok", told)
 
 
 def _trainings(tasks: Sequence[Task]) -> Iterator[Check]:

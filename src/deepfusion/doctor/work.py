@@ -15,6 +15,7 @@ from deepfusion.doctor.extent import Extent
 from deepfusion.doctor.models import Start, trained
 from deepfusion.doctor.shapes import Shape
 from deepfusion.phases.assemble import shape_of
+from deepfusion.phases.judge import AT_ONCE, chosen
 
 UNSHIFTED = {"shifted": False}
 SIGNAL, SIGNAL_TOKEN = 6, 14  # bytes on disk of a kept alternative, and of a token beside them
@@ -230,6 +231,10 @@ def _beside(of: Extent) -> Iterator[Task]:
             kept = taught if name == "dense_kd" else 0.0
             yield _training(of, name, shape, distill.training, tokens, lessons, kept, own=False)
     yield from _evaluations(of, base, moe)
+    if recipe.judge is not None:
+        dense = {"base", "pooled_text_dense", "dense_kd", "fedavg_dense"} & {"base", *wanted}
+        yield _answers(of, base, len(dense))
+        yield _answers(of, moe, 2 + len(set(wanted)) - len(dense))
     yield Task("report", 1)
 
 
@@ -319,6 +324,19 @@ def _evaluation(of: Extent, start: Start, shape: Shape, steps: int, passes: int 
     return Task(
         "evaluate", steps, "read", shape, tokens, forward=tokens * shape.active, batch=batch, own=False,
         dtype=of.recipe.evaluate.dtype,
+    )  # fmt: skip
+
+
+def _answers(of: Extent, shape: Shape, steps: int) -> Task:
+    """What is written for a judge to grade; how long it takes to grade it is not known."""
+    judge, known = of.recipe.judge, of.known(of.base)
+    assert judge is not None
+    questions = chosen(of.text.test, judge.questions)
+    read = sum(len(known.tokenizer.encode(question.prompt)[0]) for question in questions)
+    tokens = float(read + len(questions) * judge.max_new_tokens)
+    return Task(
+        "judge", steps, "write", shape, tokens, forward=tokens * shape.active, batch=AT_ONCE,
+        turns=math.ceil(len(questions) / AT_ONCE) * judge.max_new_tokens, dtype=of.recipe.evaluate.dtype, own=False,
     )  # fmt: skip
 
 

@@ -67,6 +67,7 @@ PHASES = {
     "btx": "baseline trained",
     "centralized": "upper bound trained",
     "evaluate": "test questions answered",
+    "judge": "answers written, and graded by a judge",
 }
 UNITS = ((1e15, "10¹⁵ "), (1e12, "10¹² "), (1e9, "10⁹ "), (1e6, "10⁶ "), (1e3, "10³ "), (1.0, ""))
 

@@ -15,7 +15,7 @@ from deepfusion.labels import KINDS, METRICS, QUESTIONS, SUBSETS, in_order, kind
 from deepfusion.metrics import ResultRow, Subset
 from deepfusion.page.parts import Section, Table, share_of_gap, value
 
-SHOWN = ("token_accuracy", "token_log_perplexity", "choice_accuracy")
+SHOWN = ("token_accuracy", "token_log_perplexity", "choice_accuracy", "judge_score")
 
 
 def results(findings: Findings, rows: Sequence[ResultRow]) -> Section:
@@ -36,6 +36,13 @@ def results(findings: Findings, rows: Sequence[ResultRow]) -> Section:
         "that the model would choose itself, given those before; log-perplexity is in nats per answer token, less is "
         "better; choice accuracy is the share of questions whose right option has the highest likelihood per byte.",
     )
+    if any(metric == "judge_score" for _, metric in columns):
+        judge = findings.recipe.get("judge") or {}
+        more = (
+            f" Judge's score: what {judge.get('model', 'an LLM')} thinks of the answers that models write, from 0 to "
+            f"100, on at most {judge.get('questions', 'some')} questions of each domain."
+        )
+        table = replace(table, caption=table.caption + more)
     if spent := findings.relative_compute():
         more = (
             " Server compute is in multiples of this run's; a stage has all that was spent until then, and what was "
