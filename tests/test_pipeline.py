@@ -82,7 +82,7 @@ def test_results_follow_their_schema(done: tuple[Path, Report, Seen]) -> None:
     for step in found["phases"]:
         assert {"name", "item", "seconds", "cpu_seconds", "cached", "tokens", "flops"} <= set(step)
     unwanted = {"take", "materialise", "shift", "task_vectors", "own_vector", "likelihoods", "consult", "report"}
-    unwanted |= (BESIDE | BASELINES.keys()) - {"upcycle"}
+    unwanted |= (BESIDE | BASELINES.keys() | {"judge"}) - {"upcycle"}
     assert set(pipeline.STEPS) > BESIDE
     assert {step["name"] for step in found["phases"]} == set(pipeline.STEPS) - unwanted
 
@@ -149,6 +149,13 @@ def test_a_plan_tells_what_a_run_would_do(done: tuple[Path, Report, Seen], tmp_p
     changed = pipeline.plan(recipe("tune.ownership=0.5"), done[0])
     assert {step.phase for step in changed if step.state == "run"} == {"tune"}
     assert {(s.phase, s.item) for s in changed if s.state == "wait"} == {("evaluate", "deepfusion"), ("report", None)}
+
+
+def test_what_stands_beside_a_run_changes_nothing_else(done: tuple[Path, Report, Seen]) -> None:
+    changed = pipeline.plan(recipe("evaluate.references=[centralized, btx]"), done[0])
+    assert {step.phase for step in changed if step.state == "run"} == {"btx_device"}
+    changed = pipeline.plan(recipe("evaluate.removal=false"), done[0])
+    assert {step.phase for step in changed if step.state != "done"} == {"evaluate", "report"}
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:

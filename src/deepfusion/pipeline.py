@@ -264,7 +264,7 @@ class _Method:
             which = id(alone.get(id(model), model))
             known = {"known": first[which]} if which in first else {}
             step = self.go(
-                Scores, "evaluate", _label(system, item), model=model, corpus=corpus, config=recipe.evaluate,
+                Scores, "evaluate", _label(system, item), model=model, corpus=corpus, config=recipe.evaluate.scoring,
                 system=system, item=item, priority=LAST + 1,
                 routing=system in ROUTED, **known,
             )  # fmt: skip

@@ -41,7 +41,7 @@ def references(go: Go, given: Given) -> Beside:
         if name == "centralized":
             made = go(
                 Checkpoint, name, moe=copies, corpus=given.corpus, training=training,
-                config=recipe.evaluate, balance=recipe.tune.balance, seed=recipe.seed, priority=LAST - 1,
+                config=recipe.evaluate.convergence, balance=recipe.tune.balance, seed=recipe.seed, priority=LAST - 1,
             )  # fmt: skip
         elif name == "fedjets":
             made = _fedjets(go, given, beside)

@@ -429,3 +429,13 @@ class EvaluatePhase(Section):
     """Tokens scored at a time."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which every system is evaluated; where the machine has no instructions for bfloat16, float32."""
+
+    @property
+    def scoring(self) -> EvaluatePhase:
+        """What a model's scores depend on: which others are trained beside it is not among that."""
+        return EvaluatePhase(references=(), removal=self.removal, batch_tokens=self.batch_tokens, dtype=self.dtype)
+
+    @property
+    def convergence(self) -> EvaluatePhase:
+        """What the centralised MoE's training depends on."""
+        return EvaluatePhase(references=(), centralized_tokens=self.centralized_tokens, patience=self.patience)
