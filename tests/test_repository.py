@@ -118,6 +118,15 @@ def test_what_every_project_has(name: str) -> None:
     assert (ROOT / name).read_text(encoding="utf-8").strip()
 
 
+def test_every_module_has_its_place_in_the_readme() -> None:
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("src/deepfusion/\n")[2]
+    source = ROOT / "src" / "deepfusion"
+    rooms = [*source.glob("*.py"), *source.glob("phases/*.py"), *source.glob("baselines/*.py")]
+    rooms += [folder for folder in source.iterdir() if (folder / "__init__.py").exists()]
+    lost = [room.stem for room in rooms if room.stem != "__init__" and not re.search(rf"\b{room.stem}\b", tree)]
+    assert lost == []
+
+
 def test_pins_are_exact() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)

@@ -117,6 +117,20 @@ def test_the_command_writes_tables(recipe: str, tmp_path: Path) -> None:
     assert {row["system"] for row in tree["comparison"]} >= {"base", "device", "dense_kd", "deepfusion"}
 
 
+def test_a_study_says_what_the_options_say(recipe: str, tmp_path: Path) -> None:
+    study = tmp_path / "which.yaml"
+    study.write_text(f"recipe: {recipe}\nseeds: 1\nsystems: []\nvary: {{assemble.top_k: [1, 2]}}\n")
+    out = ["--workers", "0", "--out", str(tmp_path / "o"), "--json"]
+    asked = CliRunner().invoke(cli.app, ["compare", str(study), *out])
+    assert asked.exit_code == 0, asked.output
+    tree = json.loads(asked.stdout)
+    assert (tree["variants"], tree["seeds"]) == (["top_k = 1", "top_k = 2"], [0])
+    assert {path.name for path in (tmp_path / "o" / "seed-0").iterdir() if path.name.startswith("top")} == {
+        "top_k-1", "top_k-2"
+    }  # fmt: skip
+    assert str(study.name) in (tmp_path / "o" / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

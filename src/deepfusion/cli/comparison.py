@@ -17,7 +17,6 @@ from deepfusion.cli.options import (
     OnAccelerator,
     Overrides,
     Quiet,
-    RecipeName,
     Threads,
     Workers,
 )
@@ -25,10 +24,15 @@ from deepfusion.cli.options import (
 
 @command
 def compare(
-    recipe: RecipeName,
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe or a study: a file, or the name of an embedded one.")
+    ],
     seeds: Annotated[
-        str, typer.Option(metavar="N", help="How many, from the recipe's on; or which, as in 3,4,5.")
-    ] = "3",
+        str | None,
+        typer.Option(
+            metavar="N", help="How many, from the recipe's on; or which, as in 3,4,5.", show_default="the study's, or 3"
+        ),
+    ] = None,
     systems: Annotated[
         str | None,
         typer.Option(metavar="A,B", help="What to compare with: evaluate.references.", show_default="the recipe's"),
@@ -50,19 +54,24 @@ def compare(
 ) -> None:
     """Run a recipe over seeds, and over values of its keys, and compare all systems: intervals, paired tests, costs.
 
-    Every run is resumed where it was stopped. Writes tables as HTML, Markdown, LaTeX and CSV.
+    Every run is resumed where it was stopped. Writes tables as HTML, Markdown, LaTeX and CSV. A study is a file of what
+    the options say.
 
     Example: `deepfusion compare demo --seeds 5 --systems dense_kd,ofa_kd,fedmkt,centralized --devices 16,32`
     """
     from deepfusion.comparison.collect import Plan, collect
-    from deepfusion.comparison.grid import DEVICES, variants
+    from deepfusion.comparison.grid import DEVICES
     from deepfusion.comparison.grid import seeds as read
     from deepfusion.comparison.sections import quality
+    from deepfusion.comparison.studies import StudyFile, find
     from deepfusion.comparison.writing import write
     from deepfusion.config import Recipe
     from deepfusion.display import Display
 
-    settings = list(overrides or ())
+    file = find(recipe)
+    of = file or StudyFile(recipe=recipe)
+    seeds = seeds or of.seeds
+    settings = [*of.settings, *(overrides or ())]
     asked = ["deepfusion", "compare", recipe, "--seeds", seeds]
     if systems is not None:
         settings.append(f"evaluate.references=[{systems}]")
@@ -70,10 +79,10 @@ def compare(
     asked += ["--devices", devices] if devices is not None else []
     asked += [part for setting in vary or () for part in ("--vary", setting)]
     asked += [part for setting in overrides or () for part in ("--set", setting)]
-    first = Recipe.load(recipe, settings)
+    first = Recipe.load(of.recipe, settings)
     axes = [*([f"{DEVICES}=[{devices}]"] if devices is not None else []), *(vary or ())]
-    plan = Plan(recipe, settings, variants(axes), read(seeds, first.seed))
-    into = folder or Path("runs") / f"{first.name}-compared"
+    plan = Plan(of.recipe, settings, of.grid(axes), read(seeds, first.seed))
+    into = folder or Path("runs") / f"{Path(recipe).stem if file else first.name}-compared"
     runtime = options.runtime(workers, threads, accelerator)
     if workers is None and jobs > 1:
         runtime = runtime.model_copy(update={"workers": max(1, runtime.workers // jobs)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, cast
@@ -30,18 +30,24 @@ class Variant:
         return re.sub(r"[^\w.+-]+", "-", self.name).strip("-")[:LONGEST_NAME] or "as-written"
 
 
-def variants(vary: Sequence[str]) -> list[Variant]:
+def variants(vary: Sequence[str], named: Mapping[str, Mapping[str, Any]] | None = None) -> list[Variant]:
     """Every combination of the values of `key=[value, …]`, in order; of nothing, the recipe as it is.
+
+    Args:
+        vary: keys and their values.
+        named: name → keys and their values of a variant that is crossed with these.
 
     Raises:
         InputError: one of them is no key with a list of values, or two combinations would have one folder.
     """
-    axes: list[list[tuple[str, str]]] = []
+    axes: list[list[Variant]] = []
+    if named:
+        axes.append([Variant(name, tuple(_setting(*one) for one in keys.items())) for name, keys in named.items()])
     for setting in vary:
         key, values = _values(setting)
-        axes.append([(f"{key}={json.dumps(value)}", _named(key, value)) for value in values])
+        axes.append([Variant(_named(key, value), (_setting(key, value),)) for value in values])
     found = [
-        Variant(", ".join(name for _, name in combination), tuple(setting for setting, _ in combination))
+        Variant(", ".join(one.name for one in combination), tuple(s for one in combination for s in one.settings))
         for combination in product(*axes)
     ]
     folders = [variant.folder for variant in found]
@@ -49,6 +55,10 @@ def variants(vary: Sequence[str]) -> list[Variant]:
         if folders.count(variant.folder) > 1:
             raise InputError(f"--vary: several variants are called {variant.folder!r}: leave all but one out")
     return found
+
+
+def _setting(key: str, value: Any) -> str:
+    return f"{key}={json.dumps(value)}"
 
 
 def _values(setting: str) -> tuple[str, list[Any]]:
