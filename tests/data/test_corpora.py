@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,13 @@ def test_filters_are_counted(tmp_path: Path) -> None:
     assert text.counts["left_out_by_where"] == text.counts["left_out_long_answers"] == 1
 
 
+def test_a_filter_may_name_several_values(tmp_path: Path) -> None:
+    rows = [*ROWS, row("d", source="Other"), row("e", source="Third")]
+    text = read(rows, tmp_path, where={"source": ("FiQA", "Oth"), "split": ["private", "public", "test"]})
+    assert [r.id for r in text.private] == ["a", "d"]
+    assert text.counts["left_out_by_where"] == 1
+
+
 def test_max_rows_takes_whole_groups_the_same_in_each_split(tmp_path: Path) -> None:
     rows = [row("p", "public"), row("q", "public")]
     for company in "uvwxyz":
@@ -119,6 +127,34 @@ def test_private_groups_are_marked_and_tested_only_when_held(tmp_path: Path) -> 
     assert [(r.id, r.private) for r in text.private] == [("a", False), ("x", True)]
     assert [(r.id, r.private) for r in text.test] == [("c", False), ("y", True)]
     assert text.counts["left_out_test_of_no_device"] == 1
+
+
+def test_a_source_may_say_that_its_groups_are_private(tmp_path: Path) -> None:
+    rows = [row(name, split, group=name) for name, split in (("a", "private"), ("b", "public"))]
+    exam = [row(f"e{n}", split, group="exam") for n, split in enumerate(("private", "private", "test"))]
+    sources = (
+        TextSource(path=write(tmp_path / "rows.jsonl", rows)),
+        TextSource(path=write(tmp_path / "exam.jsonl", exam), private_group=True),
+    )
+    text = read_text(FileData(kind="files", sources=sources, heldout_share=0), 0)
+    assert [(r.group, r.private) for r in text.private] == [("a", False), ("exam", True), ("exam", True)]
+    assert [(r.group, r.private) for r in text.test] == [("exam", True)]
+    open_again = sources[1].model_copy(update={"private_group": False})
+    text = read_text(FileData(kind="files", sources=(sources[0], open_again), heldout_share=0), 0)
+    assert not any(r.private for r in (*text.private, *text.test))
+
+
+def test_a_group_can_be_cut_into_parts(tmp_path: Path) -> None:
+    exam = [row(f"e{n}", "test" if n % 3 else "private", group="exam", private_group=True) for n in range(300)]
+    text = read([*ROWS, *exam], tmp_path, parts=4)
+    held = Counter(r.group for r in text.private if r.private)
+    assert sorted(held) == [f"exam ({n} of 4)" for n in range(1, 5)]
+    assert min(held.values()) > 10  # of 100
+    asked = [r for r in text.test if r.private]
+    assert len(asked) == 200
+    assert {r.group for r in asked} == set(held)
+    again = read([*ROWS, *reversed(exam)], tmp_path, parts=4)
+    assert {r.id: r.group for r in again.test} == {r.id: r.group for r in text.test}
 
 
 def test_heldout_is_a_seeded_share_of_private_rows(tmp_path: Path) -> None:

@@ -45,12 +45,18 @@ class TextSource(Section):
     columns: dict[str, str] = Field(default={})
     """Our field → the source's column, where they differ (fields: id, domain, context, question, options, answer,
     answer_idx, group, private_group, split, device, source)."""
-    where: dict[str, str] = Field(default={})
-    """Keep only rows whose columns have these values, e.g. `{source: FiQA}` (a prefix match)."""
+    where: dict[str, str | tuple[str, ...]] = Field(default={})
+    """Keep only rows whose columns have these values, e.g. `{source: FiQA}` (a prefix match), or one of several, e.g.
+    `{split: [private, test]}`."""
     domain: str | None = None
     """Domain of every row (overrides the column)."""
     split: Literal["private", "public", "test"] | None = None
     """Split of every row (overrides the column)."""
+    private_group: bool | None = None
+    """Whether every row's group is private, known to devices alone (overrides the column)."""
+    parts: int | None = Field(default=None, ge=2)
+    """Cut each group into so many groups, by the rows' ids: for groups too large for one device, such as an exam. A
+    private group's parts are all private; a test row asks about the part that it falls into."""
     device: str | None = None
     """The device that holds every private row of this source (only with `partition.mode: given`)."""
     max_rows: int | None = Field(default=None, ge=1)

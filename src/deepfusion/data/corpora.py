@@ -196,7 +196,7 @@ def _rows(source: TextSource, config: FileData, counts: Counter[str]) -> list[Ro
     return rows
 
 
-def _matches(value: Any, prefix: str) -> bool:
+def _matches(value: Any, prefix: str | tuple[str, ...]) -> bool:
     return value is not None and str(value).startswith(prefix)
 
 
@@ -254,12 +254,18 @@ def _row(origin: str, raw: Mapping[str, Any], source: TextSource, template: str)
         split=split,
         prompt="" if whole else render_prompt(template, text("question"), None if context is None else str(context)),
         answer=answer,
-        group=text("group", name),
-        private=_flag(origin, _get(raw, source, "private_group")),
+        group=_part(text("group", name), name, source.parts),
+        private=_flag(origin, _get(raw, source, "private_group"))
+        if source.private_group is None
+        else source.private_group,
         options=options,
         answer_idx=index if options else None,
         device=source.device if source.device is not None else _get(raw, source, "device"),
     )
+
+
+def _part(group: str, name: str, parts: int | None) -> str:
+    return group if parts is None else f"{group} ({int(_draw(f'part {name}') * parts) + 1} of {parts})"
 
 
 def _options(origin: str, raw: Mapping[str, Any], source: TextSource) -> tuple[tuple[str, ...] | None, int | None]:
