@@ -26,7 +26,7 @@ LAYERS = (
         "roles",
         "precision",
     ),
-    ("layouts", "families", "weights", "checkpoints", "adapters", "routing", "scoring", "encoders"),
+    ("layouts", "families", "weights", "merging", "checkpoints", "adapters", "routing", "scoring", "encoders"),
     ("objectives", "data", "training", "students", "ancestors", "writing", "figures", "page", "rendering", "judging"),
     ("phases", "conclusion"),
     ("baselines",),

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +27,7 @@ from transformers.utils.import_utils import is_bitsandbytes_available
 from deepfusion.artifacts import MANIFEST, RECORD, Checkpoint, Work
 from deepfusion.families import family, skeleton
 from deepfusion.families.make import END, make_model, make_tokenizer
-from deepfusion.weights import INDEX, digest, index, shapes, stored, tensors
+from deepfusion.weights import INDEX, Stored, digest, index, shapes, stored, tensors
 
 __all__ = [
     "END",
@@ -194,6 +194,18 @@ def copy_description(source: Path, target: Path) -> None:
         weights = path.suffix not in {".json", ".jinja", ".txt", ".model"} or path.name == INDEX
         if path.is_file() and not weights and not path.name.startswith(".") and path.name not in (RECORD, MANIFEST):
             (target / path.name).write_bytes(path.read_bytes())
+
+
+def named_as(names: Iterable[str], folder: Path) -> dict[str, Stored]:
+    """A checkpoint's tensors by the names that a model trained from it has, as far as it holds them.
+
+    Training saves what the model needs. A folder from elsewhere may leave out the prefix of a model without its head,
+    and hold more: a head that is tied, rotary tables of old.
+    """
+    held = stored(folder)
+    prefix = f"{skeleton(open_config(folder)).base_model_prefix}."
+    found = {name: held.get(name) or held.get(name.removeprefix(prefix)) for name in names}
+    return {name: one for name, one in found.items() if one is not None}
 
 
 def parameters(model: PreTrainedModel | Path) -> int:

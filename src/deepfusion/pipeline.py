@@ -191,13 +191,16 @@ class _Method:
         members = clusters.result()
         own = [Teacher(upload.device, members.of(upload.device), upload) for upload in accepted]
         groups = roles.averaged(accepted, members)
-        proxies = [
-            Teacher(name, n, self.go(Proxy, "proxy", name, uploads=uploads, cluster=n, config=recipe.proxy))
-            for name, n, uploads in groups
-        ]
+        origins = {upload.lineage: ancestors[upload.ancestor] for upload in accepted}
+        averages = [
+            self.go(
+                Proxy, "proxy", name, uploads=group, ancestor=origins[group[0].lineage], cluster=n, config=recipe.proxy
+            )
+            for name, n, group in groups
+        ]  # fmt: skip
+        proxies = [Teacher(name, n, average) for (name, n, _), average in zip(groups, averages, strict=True)]
 
         # Transfer: public text, and what devices' models say about their own subjects.
-        origins = {upload.lineage: ancestors[upload.ancestor] for upload in accepted}
         before = {"keep_before": True} if recipe.distill.shifted else {}
         writings = [
             self.go(

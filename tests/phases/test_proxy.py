@@ -193,6 +193,31 @@ def test_a_proxy_of_adapters_is_the_mean_of_what_they_add(tmp_path: Path) -> Non
     assert torch.equal(mean_of, own)
 
 
+def test_ties_keep_what_members_agree_on(tmp_path: Path) -> None:
+    """Members that change different tensors keep their changes whole, where the mean would halve them."""
+    ancestor = as_checkpoint(pico("llama", tmp_path / "ancestor", seed=9))
+    before = dict(tensors(ancestor.folder))
+    norm, head = "model.norm.weight", "model.embed_tokens.weight"
+    uploads: list[Upload] = []
+    for number, name in enumerate((norm, head), 1):
+        one = upload(tmp_path / f"device-0{number}", f"device-0{number}")
+        save_file({**before, name: before[name] + number}, one.model / WEIGHTS, metadata={"format": "pt"})
+        uploads.append(one)
+    config = ProxyPhase(method="ties", density=1.0)
+    proxy = average(uploads, 0, config, ancestor=ancestor, into=tmp_path / "proxy")
+    made = dict(tensors(proxy.model))
+    for name, tensor in before.items():
+        torch.testing.assert_close(made[name], tensor + (1 if name == norm else 2 if name == head else 0))
+    validate(proxy.model)
+    assert proxy.distance > 0
+
+
+def test_ties_need_the_members_ancestor(tmp_path: Path) -> None:
+    other = as_checkpoint(pico("llama", tmp_path / "ancestor", layers=1))
+    with pytest.raises(ValueError, match=r"has no tensor model\.layers\.1\..* which its descendants have"):
+        average(three(tmp_path), 0, ProxyPhase(method="ties"), ancestor=other, into=tmp_path / "proxy")
+
+
 def test_strangers_are_named(tmp_path: Path) -> None:
     one, two, three_ = three(tmp_path)
     members = [one, two, three_.model_copy(update={"embedding": EAST})]

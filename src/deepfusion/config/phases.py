@@ -63,6 +63,11 @@ class ClusterPhase(Section):
 class ProxyPhase(Section):
     """Averaging each cluster's models of one lineage (Fig. 4)."""
 
+    method: Literal["mean", "ties"] = "mean"
+    """mean: of weights, as published; ties: the ancestor, and the mean of those changes in it that are large and of the
+    sign that most of them have (arXiv 2306.01708)."""
+    density: float = Field(default=0.2, gt=0, le=1)
+    """Share of each tensor's changes that count with `ties`, the largest."""
     weights: Literal["uniform", "tokens"] = "uniform"
     """Every member alike, or by its number of private tokens."""
     warn_below: float = Field(default=0.8, ge=-1, le=1)
@@ -126,9 +131,9 @@ class LogitsObjective(Section):
     """Softmax temperature of the KL; other than 1 only for teachers asked after the fact."""
     across: Across = "auto"
     """How a teacher is heard whose tokenizer cuts text differently from the student's. auto: span_likelihood, but
-    projected_kl of teachers with whose tokenizer the student's has few runs of bytes in common and most tokens, unless
-    they are shifted; `deepfusion doctor` tells. span_likelihood: by the
-    likelihood of each run of bytes that both tokenize as a whole (arXiv 2503.20083). The others by its probabilities
+    projected_kl of teachers most of whose tokens the student's tokenizer has, if both have 10,000 or more or few runs
+    of bytes in common, and unless they are shifted; `deepfusion doctor` tells. span_likelihood: by the likelihood of
+    each run of bytes that both tokenize as a whole (arXiv 2503.20083). The others by its probabilities
     wherever both begin a token. projected_kl: KL over the finest outcomes that both vocabularies can tell apart (P-KL
     of arXiv 2605.21699); hybrid_kl: over the teacher's tokens (H-KL of the same); mined: each of the teacher's tokens
     stands for the student's at the least edit distance (arXiv 2406.02224); uld: sorted probabilities (arXiv

@@ -1,10 +1,10 @@
-"""One proxy per cluster and lineage: the mean of its members' weights (Fig. 4)."""
+"""One proxy per cluster and lineage: the mean of its members' weights (Fig. 4), or what they agree on (TIES)."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial, reduce
 from pathlib import Path
 
@@ -12,13 +12,17 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from deepfusion.artifacts import Proxy, Upload
-from deepfusion.checkpoints import copy_description
+from deepfusion.artifacts import Checkpoint, Proxy, Upload
+from deepfusion.checkpoints import copy_description, named_as
 from deepfusion.config import ProxyPhase
 from deepfusion.encoders import cosine, decode
+from deepfusion.merging import merged
 from deepfusion.roles import by_lineage
 from deepfusion.store import link_tree
 from deepfusion.weights import Part, Stored, blocks, stored, write
+
+Combine = Callable[[str, Sequence[Stored], Sequence[float]], Iterator[Tensor]]
+"""A tensor's name, the tensor in every checkpoint, and their weights → what becomes of them, block by block."""
 
 __all__ = ["average", "average_folders", "by_lineage", "mean", "means", "name_of"]
 
@@ -64,7 +68,15 @@ def name_of(proxy: Proxy) -> str:
     return f"cluster-{proxy.cluster}-{proxy.lineage}"
 
 
-def average(uploads: Sequence[Upload], cluster: int, config: ProxyPhase, *, into: Path, resume: bool = False) -> Proxy:
+def average(
+    uploads: Sequence[Upload],
+    cluster: int,
+    config: ProxyPhase,
+    *,
+    ancestor: Checkpoint | None = None,
+    into: Path,
+    resume: bool = False,
+) -> Proxy:
     """The proxy of one cluster's uploads of one lineage; a single member is its own proxy.
 
     Memory holds blocks of a few tensors, whatever the number and size of members.
@@ -72,7 +84,8 @@ def average(uploads: Sequence[Upload], cluster: int, config: ProxyPhase, *, into
     Args:
         uploads: of one lineage.
         cluster: their cluster's number.
-        config: how members are weighted, and when to warn.
+        config: how members are merged and weighted, and when to warn.
+        ancestor: what they started from; `ties` needs it.
         into: where the proxy goes.
         resume: go on from what an interrupted attempt with the same arguments left in `into`.
 
@@ -88,7 +101,12 @@ def average(uploads: Sequence[Upload], cluster: int, config: ProxyPhase, *, into
     if len(uploads) == 1:
         link_tree(uploads[0].model, target)
     else:
-        distance = average_folders([upload.model for upload in uploads], weights, into=target, resume=resume)
+        folders = [upload.model for upload in uploads]
+        combine = None
+        if config.method == "ties":
+            assert ancestor is not None
+            combine = _agreed(folders, ancestor.folder, config.density)
+        distance = average_folders(folders, weights, combine=combine, into=target, resume=resume)
     first = uploads[0]
     return Proxy(
         folder=into,
@@ -104,12 +122,20 @@ def average(uploads: Sequence[Upload], cluster: int, config: ProxyPhase, *, into
     ).sealed()
 
 
-def average_folders(folders: Sequence[Path], weights: Sequence[float], *, into: Path, resume: bool = False) -> float:
+def average_folders(
+    folders: Sequence[Path],
+    weights: Sequence[float],
+    *,
+    combine: Combine | None = None,
+    into: Path,
+    resume: bool = False,
+) -> float:
     """Write the mean of checkpoints that have equal tensors, with the first one's config and tokenizer.
 
     Args:
         folders: of the checkpoints.
         weights: as many.
+        combine: what to write instead of the mean.
         into: where the mean goes.
         resume: keep what an interrupted call with the same arguments has finished.
 
@@ -130,7 +156,8 @@ def average_folders(folders: Sequence[Path], weights: Sequence[float], *, into: 
     def made(name: str, dtype: torch.dtype) -> Iterator[Tensor]:
         members, found = [member[name] for member in held], list[list[float]]()
         try:
-            for rows, middle in zip(blocks(expected[name]), means(members, weights), strict=True):
+            combined = means(members, weights) if combine is None else combine(name, members, weights)
+            for rows, middle in zip(blocks(expected[name]), combined, strict=True):
                 yield (block := middle.to(dtype))
                 found.append(_squares(block, members, rows))
         except ValueError as error:
@@ -149,6 +176,20 @@ def average_folders(folders: Sequence[Path], weights: Sequence[float], *, into: 
             squares[name] = _sums(_squares(one.read(rows), members, rows) for rows in blocks(one.shape))
     norm, *apart = _sums(squares[name] for name in expected)
     return math.sqrt(max(apart) / norm) if norm else 0.0
+
+
+def _agreed(folders: Sequence[Path], ancestor: Path, density: float) -> Combine:
+    """TIES, from the weights that the members started from.
+
+    Raises:
+        ValueError: the ancestor lacks a tensor that the members have.
+    """
+    expected = {name: one.shape for name, one in stored(folders[0]).items()}
+    before = named_as(expected, ancestor)
+    for name, shape in expected.items():
+        if name not in before or before[name].shape != shape:
+            raise ValueError(f"{ancestor} has no tensor {name} of shape {shape}, which its descendants have")
+    return lambda name, members, weights: merged(before[name], members, weights, density)
 
 
 def _squares(middle: Tensor, members: Sequence[Stored], rows: slice | None) -> list[float]:

@@ -7,7 +7,7 @@ has to be distilled, across architectures and tokenizers; this comes without a t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial, reduce
 from pathlib import Path
 
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from deepfusion.artifacts import Checkpoint, Proxy
-from deepfusion.checkpoints import as_checkpoint, copy_description, open_config
-from deepfusion.families import family, skeleton
-from deepfusion.weights import Part, Stored, blocks, stored, write
+from deepfusion.checkpoints import as_checkpoint, copy_description, named_as, open_config
+from deepfusion.families import family
+from deepfusion.weights import Part, blocks, stored, write
 
 
 def add_task_vectors(
@@ -95,7 +95,7 @@ def _add(
                 f"{base.lineage}: what its devices learned cannot be added to the base's weights"
             )
     after = [stored(proxy.model) for proxy in proxies]
-    before, start = (_as_in(after[0], one) if after else stored(one.folder) for one in (base, onto))
+    before, start = (named_as(after[0], one.folder) if after else stored(one.folder) for one in (base, onto))
     expected = {name: one.shape for name, one in before.items()}
     for folder, held in ((onto.folder, start), *((p.model, a) for p, a in zip(proxies, after, strict=True))):
         if {name: one.shape for name, one in held.items()} != expected:
@@ -122,15 +122,3 @@ def _add(
     config.dtype = max((part.dtype for part in parts if part.dtype.is_floating_point), key=lambda dtype: dtype.itemsize)
     config.save_pretrained(into)
     return as_checkpoint(into, lineage_of=base.lineage)
-
-
-def _as_in(learned: Mapping[str, Stored], base: Checkpoint) -> dict[str, Stored]:
-    """The base's tensors by the names that a model trained from it has.
-
-    Training saves what the model needs. A folder from elsewhere may leave out the prefix of a model without its head,
-    and hold more: a head that is tied, rotary tables of old.
-    """
-    held = stored(base.folder)
-    prefix = f"{skeleton(open_config(base.folder)).base_model_prefix}."
-    found = {name: held.get(name) or held.get(name.removeprefix(prefix)) for name in learned}
-    return {name: one for name, one in found.items() if one is not None}
