@@ -56,7 +56,7 @@ RESULTS = {
     },
 }
 
-COMMANDS = ["demo", "run", "plan", "doctor", "show", "inspect", "evaluate", "generate", "import-gguf"]
+COMMANDS = ["demo", "run", "plan", "doctor", "show", "inspect", "evaluate", "generate", "import-gguf", "fleet"]
 Invoke = Callable[..., Result]
 Called = tuple[Recipe, Path, Runtime]
 
@@ -343,3 +343,55 @@ def test_every_help_has_an_example(invoke: Invoke, command: str) -> None:
 def test_the_command_starts_fast_enough_to_import_nothing_heavy() -> None:
     result = subprocess.run([sys.executable, "-m", "deepfusion.cli", "--version"], capture_output=True, text=True)
     assert (result.returncode, result.stdout.count(".")) == (0, 2), result.stderr
+
+
+def test_fleet(invoke: Invoke, tmp_path: Path) -> None:
+    pico("llama", tmp_path / "mine")
+    asked = ("fleet", "--models", "gpt2,mine", "--moe", "qwen1.5-moe-a2.7b", "--devices", "16", "--rounds", "2")
+    result = invoke(*asked)
+    assert result.exit_code == 0, result.output
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert "gpt2 124 M 9.44 M 287 MB 2.54 GB" in lines
+    assert "FedJETS: qwen1.5-moe-a2.7b, 4 of 60 experts 2.69 G 2.69 G 2.41 GB 2.41 GB 23.7 GB" in lines
+    assert lines[-1].startswith("assumed: method qlora, rank 64, ")
+    told = json.loads(invoke(*asked, "--json").stdout)
+    [plan] = told["plans"]
+    assert [member["name"] for member in plan["members"]] == ["gpt2", "mine"]
+    assert (told["assumptions"]["rounds"], told["figures"], plan["client"]["of_experts"]) == (2, [], 60)
+    [total] = plan["totals"]
+    assert total["fedjets_up_bytes"] == 16 * 2 * plan["client"]["up_bytes"]
+
+
+def test_fleet_beside_the_paper(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    result = invoke("fleet", "--paper", "--rank", "8")
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert "…" not in result.stdout
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert {"medical", "finance", "rank 8 given", "Fig. 8 finance FedJETS 245 GB 247 GB +0.8 %"} < set(lines)
+    assert "does not confirm them" in result.stdout
+    told = json.loads(invoke("fleet", "--paper", "--json").stdout)
+    assert len(told["figures"]) == 11
+    assert told["sources"]["batch_tokens"] == "fitted to Fig. 7"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "say what devices train, as in --models gpt2,tinyllama-1.1b; or --paper, alone"),
+        (["--paper", "--models", "gpt2"], "say what devices train, as in --models gpt2,tinyllama-1.1b; or --paper"),
+        (["--paper", "--moe", "deepseek-moe-16b"], "--paper has MoEs of its own: leave --moe out"),
+        (["--models", "gtp2"], "model 'gtp2' is neither known by name (gpt2, gpt2-medium, "),
+        (["--models", "."], ". is not a checkpoint: it has no config.json"),
+        (["--models", "gpt2", "--moe", "olmo-1.2b"], "olmo-1.2b has no experts: give an MoE as --moe"),
+        (["--models", ","], "',' names nothing"),
+        (["--models", "gpt2", "--devices", "16,many"], "--devices takes numbers of devices, as in 16,32, not"),
+        (["--models", "gpt2", "--unquantised", "gtp2"], "model type 'gtp2' is not supported: choose from gpt2, "),
+    ],
+)
+def test_mistakes_about_a_fleet_are_one_line_and_2(invoke: Invoke, arguments: list[str], message: str) -> None:
+    result = invoke("fleet", *arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"deepfusion: error: {message}")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""

@@ -34,7 +34,7 @@ LAYERS = (
     ("planner", "outlook", "learning"),
     ("references",),
     ("pipeline", "inference"),
-    ("cli", "comparison", "display", "summary", "reference", "doctor", "import_gguf", "__init__"),
+    ("cli", "comparison", "display", "summary", "reference", "doctor", "fleet", "import_gguf", "__init__"),
 )
 LIGHT = ("deepfusion", "deepfusion.cli", "deepfusion.config", "deepfusion.artifacts", "deepfusion.store")
 HEAVY = {"torch", "transformers", "datasets", "sklearn", "matplotlib", "accelerate"}

@@ -7,9 +7,12 @@ from deepfusion.cli import comparison
 
 # isort: split
 from deepfusion.cli import models
+
+# isort: split
+from deepfusion.cli import fleet
 from deepfusion.cli.app import DEBUG, app
 
-__all__ = ["DEBUG", "app", "comparison", "main", "models", "runs"]
+__all__ = ["DEBUG", "app", "comparison", "fleet", "main", "models", "runs"]
 
 
 def main() -> None:
