@@ -43,7 +43,9 @@ def test_differences_carry_their_tests() -> None:
 
 
 def test_the_summary_says_what_is_certain() -> None:
-    lead, verdict = summary(MADE)
+    lead, verdict, other = summary(MADE)
+    assert verdict.startswith("By token accuracy on ")
+    assert other.startswith("By log-perplexity on ")
     assert lead == "2 variants of the recipe with 3 seeds (0, 1 and 2), 6 runs."
     assert "significantly ahead of distillation (dense) (N = 2) and distillation (dense) (N = 4)" in verdict
     assert "neither ahead of nor behind Branch-Train-MiX (N = 2)" in verdict

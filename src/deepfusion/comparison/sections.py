@@ -20,6 +20,7 @@ MARKS = (
     "(p < .05, paired t-test by seed, uncorrected)."
 )
 NONE = "–"
+TOLD = ("token_accuracy", "token_log_perplexity")  # by which the summary says what is ahead
 
 
 def summary(study: Study) -> list[str]:
@@ -31,13 +32,18 @@ def summary(study: Study) -> list[str]:
     if len(study.seeds) < 2:
         told.append("One seed has no interval, and shows nothing beyond itself.")
     if study.entries:
-        told += _verdict(study)
+        subset = study.questions()[0].subset
+        told += [
+            sentence
+            for question in study.questions()
+            if question.subset == subset and question.metric in TOLD
+            for sentence in _verdict(study, question)
+        ]
     return told
 
 
-def _verdict(study: Study) -> list[str]:
-    """How often DeepFusion is ahead, and behind, by tests."""
-    question = study.questions()[0]
+def _verdict(study: Study, question: Question) -> list[str]:
+    """What DeepFusion is ahead of, and behind, by tests."""
     ahead, behind, open_ = list[str](), list[str](), list[str]()
     for variant in study.variants:
         for system in study.systems():
