@@ -74,7 +74,7 @@ def sources(recipe: Recipe) -> list[TextSource]:
         ("distill.objective=3", "distill.objective: must be a section of kind logits, vaa or ofa, not 3"),
         (
             "data.source={kind: files, sources: [{path: a, where: 3}]}",
-            "data.source.sources.0.where: must be a mapping to text, not 3",
+            "data.source.sources.0.where: must be a mapping to text or a list of text, in brackets, not 3",
         ),
         ("data.source={kind: files}", "data.source.sources: is missing, and must be a list of sections, in brackets"),
         ("name=a/b", "name: must be letters, digits, '_', '.' and '-', and begin with a letter or digit, not 'a/b'"),

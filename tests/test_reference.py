@@ -29,4 +29,4 @@ def test_unions_are_told_apart_by_kind() -> None:
 
 
 def test_a_section_used_twice_is_explained_once() -> None:
-    assert render().count("| `learning_rate` |") == 1
+    assert render().count("| `weight_decay` |") == 1

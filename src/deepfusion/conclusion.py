@@ -170,8 +170,11 @@ def _compute(
                 parts.append(Compute(name, part, sum((one.work for one in made), Work())))
             if shares.tune or name not in ("ofa_kd", "fedmkt"):  # then its MoE is the merged one
                 parts.append(Compute(name, "train", student.work))
-        elif name in ("centralized", "fedjets"):
+        elif name == "centralized":
             parts.append(Compute(name, "train", student.work))
+        elif name == "fedjets":  # the round that was best may be one that the server did not train
+            for part, made in before.get(name, {}).items():
+                parts.append(Compute(name, part, sum((one.work for one in made), Work())))
     return [part for part in parts if part.work.token_parameters]
 
 

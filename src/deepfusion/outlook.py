@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from deepfusion.config import Recipe, VAAObjective
 from deepfusion.planner import PlannedStep
-from deepfusion.roles import of_the_base
+from deepfusion.roles import of_the_base, tunes_fedjets
 from deepfusion.steps import STEPS
 
 
@@ -54,7 +54,7 @@ def _phases(recipe: Recipe) -> Iterator[tuple[str, int, str]]:
     yield "upcycle", int(bool({"pooled_text", "centralized"} & references)), one
     for name in dict.fromkeys(recipe.evaluate.references):
         yield from _baseline(recipe, name, devices, given=given)
-        if name in STEPS and not (name == "fedjets" and not shares.tune):
+        if name in STEPS and (name != "fedjets" or tunes_fedjets(recipe)):
             yield name, 1, one
     models = 4 + vectors + devices + 2 * k + len(references)  # four: base, joint student, merged and tuned MoE
     yield "evaluate", models, _several(models, "for each model", at_least=True)
@@ -82,7 +82,7 @@ def _baseline(recipe: Recipe, name: str, devices: int, *, given: bool) -> Iterat
         yield f"{short}_assemble", 1, one
         yield f"{short}_tune", int(shares.tune > 0), one
     if name == "fedjets":
-        rounds, tuned = recipe.baselines.fedjets.rounds, recipe.distill.shares.tune > 0
+        rounds, tuned = recipe.baselines.fedjets.rounds, tunes_fedjets(recipe)
         yield "fedjets_start", 1, one
         trained = devices * rounds
         yield "fedjets_device", trained, _several(trained, "for each device and round", at_least=given)

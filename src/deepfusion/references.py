@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from deepfusion.artifacts import Checkpoint, Client, Round, Upload
-from deepfusion.config import PLAIN, DevicePhase, DistillPhase
+from deepfusion.config import PLAIN, DevicePhase, DistillPhase, Recipe
 from deepfusion.learning import Given, Go, choose, students
+from deepfusion.roles import tunes_fedjets
 from deepfusion.steps import LAST
 
 
@@ -115,7 +116,9 @@ def _otherwise(go: Go, given: Given, config: DistillPhase, short: str, name: str
 
 def _fedjets(go: Go, given: Given, beside: Beside) -> Future[Round]:
     recipe, config = given.recipe, given.recipe.baselines.fedjets
-    assemble = recipe.assemble.model_copy(update={"router": "random"})  # there is no text to measure one on
+    # There is no text to measure a router on. Weights that add up to 1 are right for any number of experts; others are
+    # scaled for all of them, and a device has a few.
+    assemble = recipe.assemble.model_copy(update={"router": "random", "renormalise": True})
     moe: Future[Any] = go(
         Checkpoint, "fedjets_start", base=given.base, k=recipe.cluster.k, config=assemble, seed=recipe.seed,
         priority=LAST,
@@ -123,15 +126,15 @@ def _fedjets(go: Go, given: Given, beside: Beside) -> Future[Round]:
     anchors = {
         device for members in given.clusters.members for device in members[: math.ceil(config.anchors * len(members))]
     }
-    epochs = config.epochs or recipe.device.epochs / config.rounds
-    training = recipe.device.model_copy(update={"epochs": epochs})
+    training = _all_weights(recipe)
     rounds: list[Future[Round]] = []
     for number in range(1, config.rounds + 1):
         clients = [
             go(
                 Client, "fedjets_device", f"round-{number}-{upload.device}", device=upload.device, sent=moe,
-                base=given.base, corpus=given.corpus, cluster=given.clusters.of(upload.device), config=config,
-                training=training, anchor=upload.device in anchors, seed=recipe.seed + 1000 + place, priority=LAST,
+                base=given.base, corpus=given.corpus, cluster=given.clusters.of(upload.device), count=config.experts,
+                gate_weight=config.gate_weight, training=training, anchor=upload.device in anchors,
+                seed=recipe.seed + 1000 + place, sitting=number - 1, priority=LAST,
             )
             for place, upload in enumerate(given.uploads)
         ]  # fmt: skip
@@ -140,14 +143,24 @@ def _fedjets(go: Go, given: Given, beside: Beside) -> Future[Round]:
     judged = {"corpus": given.corpus, "training": recipe.device.training, "priority": LAST}
     best = go(Round, "fedjets_best", rounds=rounds, **judged)
     made = best
-    if recipe.distill.shares.tune:
+    if tunes_fedjets(recipe):
         tuned = go(
             Round, "fedjets_tune", moe=best, transfer=given.transfer, config=recipe.tune,
             budget=recipe.distill.shares.tune * given.budget, seed=recipe.seed, priority=LAST,
         )  # fmt: skip
         made = go(Round, "fedjets", rounds=[best, tuned], **judged)
+        beside.parts["fedjets"] = {"train": [tuned]}  # whether or not it was the better for it
     beside.rounds["fedjets"] = [made]
     return made
+
+
+def _all_weights(recipe: Recipe) -> DevicePhase:
+    """How a device of FedJETS trains: as the recipe's devices, but all weights, whatever these do."""
+    config, device = recipe.baselines.fedjets, recipe.device
+    own = device.training.learning_rate if device.method == "full" else recipe.distill.training.learning_rate
+    training = device.training.model_copy(update={"learning_rate": config.learning_rate or own})
+    epochs = config.epochs or device.epochs / config.rounds
+    return DevicePhase(epochs=epochs, replay=device.replay, training=training)
 
 
 # ── devices that all train the base ───────────────────────────────────────────────────────────────────────────────────
@@ -161,7 +174,10 @@ def _fedavg(go: Go, given: Given, beside: Beside) -> Future[Any]:
     device = recipe.device.model_copy(update={"epochs": epochs})
     rounds: list[Future[Round]] = []
     for number in range(1, config.rounds + 1):
-        sent = [_trained(go, given, "fedavg", f"round-{number}-", n, model, device) for n in range(len(given.uploads))]
+        sent = [
+            _trained(go, given, "fedavg", f"round-{number}-", n, model, device, number - 1)
+            for n in range(len(given.uploads))
+        ]
         model = go(Round, "fedavg_round", str(number), sent=model, uploads=sent, weights="tokens", priority=LAST)
         rounds.append(model)
     best = go(
@@ -196,7 +212,14 @@ def _btx(go: Go, given: Given, beside: Beside) -> Future[Checkpoint]:
 
 
 def _trained(
-    go: Go, given: Given, baseline: str, prefix: str, number: int, model: Future[Any], config: DevicePhase
+    go: Go,
+    given: Given,
+    baseline: str,
+    prefix: str,
+    number: int,
+    model: Future[Any],
+    config: DevicePhase,
+    sitting: int = 0,
 ) -> Future[Upload]:
     """What an accepted device makes of a model that it is sent; of an adapter that it sends, the whole model."""
     device = given.uploads[number].device
@@ -204,7 +227,7 @@ def _trained(
     config = config.model_copy(update={"encoder": "hashing"})
     upload = go(
         Upload, f"{baseline}_device", f"{prefix}{device}", device=device, ancestor=model, ancestor_name="base",
-        corpus=given.corpus, config=config, seed=given.recipe.seed + 1000 + number, priority=LAST,
+        corpus=given.corpus, config=config, seed=given.recipe.seed + 1000 + number, sitting=sitting, priority=LAST,
     )  # fmt: skip
     if config.upload != "adapter":
         return upload

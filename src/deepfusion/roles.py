@@ -123,3 +123,8 @@ def consulted(devices: Sequence[Teacher], proxies: Sequence[Teacher], recipe: Re
     if not isinstance(recipe.distill.objective, VAAObjective):
         return []
     return devices if recipe.transfer.writers == "devices" else proxies
+
+
+def tunes_fedjets(recipe: Recipe) -> bool:
+    """Whether the server of the baseline FedJETS tunes: it has public text alone."""
+    return recipe.distill.shares.tune > 0 and "public" in recipe.transfer.kinds

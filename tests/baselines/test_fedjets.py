@@ -7,7 +7,7 @@ import torch
 from deepfusion.artifacts import Checkpoint, Client, Round
 from deepfusion.baselines.fedjets import average_experts, choose, preferences, prune, train_client, tune_round
 from deepfusion.checkpoints import as_checkpoint, open_config, open_model, open_tokenizer
-from deepfusion.config import AssemblePhase, DevicePhase, FedJETS, TunePhase
+from deepfusion.config import AssemblePhase, DevicePhase, TunePhase
 from deepfusion.data.documents import Document
 from deepfusion.data.tokens import Tokenizer
 from deepfusion.families import experts
@@ -94,6 +94,17 @@ def _without_the_second(_: object, __: object, output: tuple[torch.Tensor, ...])
     return logits, weights / weights.sum(-1, keepdim=True), chosen
 
 
+def test_a_part_of_the_first_moe_is_the_base_whatever_its_type(tmp_path: Path) -> None:
+    """Weights that do not add up to 1 would be scaled for all experts, of which a device has a few."""
+    base = checkpoint("qwen2", tmp_path / "base")
+    start = upcycle(base, K, AssemblePhase(router="random", renormalise=True), seed=0, into=folder(tmp_path / "moe"))
+    prune(start.folder, [0, 2], into=tmp_path / "compact")
+    ids = torch.arange(5, 25)[None]
+    with torch.inference_mode():
+        dense, part = open_model(base.folder)(ids).logits, open_model(tmp_path / "compact")(ids).logits
+    torch.testing.assert_close(part, dense, atol=1e-4, rtol=1e-4)
+
+
 def test_a_cluster_keeps_all_of_its_shards(base: Checkpoint, tmp_path: Path) -> None:
     whole = upcycle(base, K, FINE, seed=0, into=folder(tmp_path / "moe"))
     prune(whole.folder, [2], into=tmp_path / "compact")
@@ -113,7 +124,7 @@ def test_anchors_teach_the_router_and_others_leave_it_alone(
 ) -> None:
     text = corpus(folder(tmp_path / "corpus"))
     made = train_client(
-        "d-law", moe, base, text, 2, FedJETS(experts=2, gate_weight=5.0), DEVICE, anchor=anchor, seed=0,
+        "d-law", moe, base, text, 2, 2, 5.0, DEVICE, anchor=anchor, seed=0, sitting=0,
         into=folder(tmp_path / "client"), runtime=HERE,
     )  # fmt: skip
     assert made.losses[-1][1] < made.losses[0][1]
@@ -127,8 +138,11 @@ def test_anchors_teach_the_router_and_others_leave_it_alone(
         assert 2 in made.experts
         found = preferences(base, _with_rows(moe, after[GATE], made.experts, tmp_path / "changed"), _law(), HERE)
         assert found[2] > preferences(base, moe, _law(), HERE)[2]
-    assert made.bytes == upload_bytes(made.model, b"")
-    assert made.down_bytes == pytest.approx(made.bytes, rel=0.05)  # the same model, and one more row of the router
+    whole = upload_bytes(made.model, b"")
+    assert made.down_bytes == pytest.approx(whole, rel=0.05)  # the same model, and one more row of the router
+    other = [name for name in after if f"experts.{1 - made.experts.index(2)}." in name] if anchor else []
+    assert made.bytes == whole - sum(after[name].nbytes for name in other)  # of an anchor only its own is taken
+    assert len(other) == (3 if anchor else 0)  # matrices of one layer
     assert Client.load(tmp_path / "client") == made
 
 

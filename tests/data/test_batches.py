@@ -182,6 +182,26 @@ def test_a_schedule_shows_every_document_equally_often(
     ]
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(3, 24), min_size=1, max_size=20), st.integers(1, 400), st.integers(0, 4), st.booleans())
+def test_a_sitting_is_a_part_of_one_long_training(lengths: list[int], tokens: int, sitting: int, packs: bool) -> None:
+    text, training = [lesson([0] * length) for length in lengths], Training(context=24, rows=2)
+    part = Schedule(text, tokens, training, packs=packs, seed=1, after=sitting * tokens)
+    whole = Schedule(text, (sitting + 2) * tokens + 200, training, packs=packs, seed=1)
+    sizes = [sum(lengths[i] for row in batch for i in row) for batch in whole.batches]
+    first = next(number for number in range(len(sizes)) if sum(sizes[:number]) >= sitting * tokens)
+    assert part.batches == whole.batches[first : first + len(part.batches)]
+    assert part.tokens == sum(sizes[first : first + len(part.batches)]) >= tokens
+
+
+def test_a_sitting_goes_on_where_the_last_one_ended() -> None:
+    """Five sittings of a fifth of the text each are shown all of it, once."""
+    text, training = [lesson([0] * 8) for _ in range(40)], Training(context=8, rows=4)
+    parts = [Schedule(text, 64, training, packs=True, seed=0, after=sitting * 64) for sitting in range(5)]
+    seen = Counter(i for part in parts for batch in part.batches for row in batch for i in row)
+    assert seen == Counter(range(40))
+
+
 def test_another_seed_is_another_order() -> None:
     text = [lesson([0] * length) for length in range(3, 23)]
     orders = {str(Schedule(text, 500, Training(), packs=True, seed=seed).batches) for seed in range(3)}

@@ -1,14 +1,16 @@
 """FedJETS (arXiv 2306.08586) in its form for language models: devices train pruned MoEs in rounds.
 
-The global MoE starts as copies of the base. In each round a device is sent a compact one: n of the K experts, their
-router rows, and all else that an MoE has. *Anchors* know which expert is their cluster's: they train it, and teach the
-router to send their text there. *Normal* devices take the experts that the router prefers for their text, by what
-enters the FFNs of the frozen base (the paper's common expert), and leave the router alone. The server averages each
-expert over who trained it, router rows over anchors, and all else over everyone.
+The global MoE starts as copies of the base, and gives a token's experts weights that add up to 1. In each round a
+device is sent a compact one: n of the K experts, their router rows, and all else that an MoE has. *Anchors* know which
+expert is their cluster's: they train it, and teach the router to send their text there. *Normal* devices take the
+experts that the router prefers for their text, by what enters the FFNs of the frozen base (the paper's common expert),
+and leave the router alone. The server averages each expert over who trained it, router rows over anchors, and all else
+over everyone.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
@@ -23,7 +25,7 @@ from transformers import PreTrainedConfig
 
 from deepfusion import checkpoints, memory
 from deepfusion.artifacts import Checkpoint, Client, Corpus, Round, TransferSet, Work
-from deepfusion.config import PLAIN, DevicePhase, FedJETS, Runtime, TunePhase
+from deepfusion.config import PLAIN, DevicePhase, Runtime, TunePhase
 from deepfusion.data.batches import Schedule
 from deepfusion.data.documents import Document, read_jsonl
 from deepfusion.data.tokens import Tokenizer
@@ -53,11 +55,13 @@ def train_client(
     base: Checkpoint,
     corpus: Corpus,
     cluster: int,
-    config: FedJETS,
+    count: int,
+    gate_weight: float,
     training: DevicePhase,
     *,
     anchor: bool,
     seed: int,
+    sitting: int,
     into: Path,
     runtime: Runtime,
 ) -> Client:
@@ -69,16 +73,18 @@ def train_client(
         base: the dense model that every device has, once; frozen.
         corpus: of it, `private/<device>.jsonl` and the public text are read.
         cluster: the device's; only an anchor makes use of it.
-        config: how many experts, and how much an anchor's router counts.
+        count: clusters whose experts it is sent.
+        gate_weight: what an anchor's loss of sending its text elsewhere weighs beside its cross-entropy.
         training: epochs and training; every weight of the compact MoE is trained, whatever the method says.
         anchor: whether the device knows its expert.
         seed: of the order of its text.
+        sitting: which round, from 0: it goes on in its text where the last one ended.
         into: where `model/` goes.
         runtime: where it trains.
     """
     private = list(read_jsonl(corpus.private(device), Document))
     before = memory.resident()
-    chosen = choose(preferences(base, sent, private, runtime), config.experts, cluster if anchor else None)
+    chosen = choose(preferences(base, sent, private, runtime), count, cluster if anchor else None)
     compact = into / ".compact"
     prune(sent.folder, chosen, into=compact)
     model = checkpoints.open_model(compact, getattr(torch, training.training.dtype))
@@ -89,8 +95,10 @@ def train_client(
     tokenizer = Tokenizer(checkpoints.open_tokenizer(compact))
     owner = chosen.index(cluster) if anchor else -1
     text = device_text(private, corpus, tokenizer, training, model.config, seed=seed, cluster=owner)
-    schedule = Schedule(text.lessons, text.tokens, training.training, packs=kind.packs, seed=seed)
-    learner = Learner(model, build_objective(PLAIN, 0, 0, {}), ownership=config.gate_weight if anchor else 0.0)
+    schedule = Schedule(
+        text.lessons, text.tokens, training.training, packs=kind.packs, seed=seed, after=sitting * text.tokens
+    )
+    learner = Learner(model, build_objective(PLAIN, 0, 0, {}), ownership=gate_weight if anchor else 0.0)
     done = fit(learner, schedule, training.training, seed=seed, into=into, runtime=runtime)
     memory.note(into, before)
     checkpoints.save_model(model, tokenizer.raw, into / "model")
@@ -99,6 +107,7 @@ def train_client(
     # All router rows travel, for the device chooses by them; those of its experts are in the model already.
     rows = sum(one.shape[1] * one.dtype.itemsize for one in _routers(sent.folder))
     others = (experts(checkpoints.open_config(sent.folder)).count - experts(model.config).count) * rows
+    unsent = _others(into / "model", owner) if anchor else 0  # of an anchor the server takes its own expert alone
     return Client(
         folder=into,
         device=device,
@@ -109,7 +118,7 @@ def train_client(
         active_parameters=active,
         tokens=text.own_tokens,
         embedding=embed("hashing", [document.text for document in private], 8, PROJECTION_SEED).hex(),
-        bytes=upload_bytes(into / "model", b""),
+        bytes=upload_bytes(into / "model", b"") - unsent,
         losses=done.losses,
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         work=Work(tokens=done.tokens, forward=float(done.tokens * active), backward=2.0 * done.tokens * active),
@@ -329,6 +338,14 @@ class _Grid:
     def rows(self, cluster: int) -> slice:
         """A cluster's rows of a router."""
         return slice(cluster * self.each, (cluster + 1) * self.each)
+
+
+def _others(folder: Path, own: int) -> int:
+    """Bytes of the experts of other clusters than one."""
+    config = checkpoints.open_config(folder)
+    grid = _Grid.of(config.model_type, experts(config))
+    found = ((grid.expert(name), one) for name, one in stored(folder).items())
+    return sum(math.prod(one.shape) * one.dtype.itemsize for of, one in found if of is not None and of.cluster != own)
 
 
 def _routers(folder: Path) -> list[Stored]:

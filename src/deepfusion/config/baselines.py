@@ -27,6 +27,9 @@ class FedJETS(Section):
     best, the one that finds held-out text likeliest is the result."""
     epochs: float | None = Field(default=None, gt=0)
     """Passes over a device's text in each round; none: device.epochs / rounds."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of devices, which train all weights; none: that of device.training, or where the recipe's own
+    devices train adapters, which want higher ones, that of distill.training."""
     experts: int = Field(default=2, ge=1)
     """Clusters whose experts a device is sent."""
     anchors: float = Field(default=0.3, gt=0, le=1)

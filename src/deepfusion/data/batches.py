@@ -37,11 +37,19 @@ class Schedule(Dataset[list[list[Lesson]]]):
     """Every batch of one training, in order: reshuffled passes over the lessons until `tokens` are reached.
 
     One item is one optimiser step's batch, so that rows of any shape make batches of about `rows * context` tokens. A
-    pass that ends in mid-batch goes on with the next.
+    pass that ends in mid-batch goes on with the next. With `after`, the batches of the first so many tokens are left
+    out: where a training is done in several sittings, each goes on where the last one ended.
     """
 
     def __init__(
-        self, taught_lessons: Sequence[Lesson], tokens: float, training: Training, *, packs: bool, seed: int
+        self,
+        taught_lessons: Sequence[Lesson],
+        tokens: float,
+        training: Training,
+        *,
+        packs: bool,
+        seed: int,
+        after: float = 0.0,
     ) -> None:
         if not taught_lessons:
             raise ValueError("there is no text to train on")
@@ -49,19 +57,23 @@ class Schedule(Dataset[list[list[Lesson]]]):
         lengths = [len(lesson) for lesson in taught_lessons]
         generator = np.random.default_rng(seed)
         self.batches: list[Rows] = []
-        self.tokens = 0
+        self.tokens, passed = 0, 0
         size = training.rows * training.context
         pending: Rows = []
-        while self.tokens < tokens or not self.batches:
+        while passed < after or self.tokens < tokens or not self.batches:
             order = generator.permutation(len(lengths)).tolist()
             for row in pack(lengths, order, training.context, alone=not packs):
                 pending.append(row)
                 full = len(pending) >= training.rows if packs else sum(lengths[i] for r in pending for i in r) >= size
-                if full:
+                if not full:
+                    continue
+                if passed < after:
+                    passed += sum(lengths[i] for r in pending for i in r)
+                else:
                     self._close(pending, lengths)
-                    pending = []
-                    if self.tokens >= tokens:
-                        break
+                pending = []
+                if self.batches and self.tokens >= tokens:
+                    break
 
     def _close(self, rows: Rows, lengths: Sequence[int]) -> None:
         self.batches.append(rows)

@@ -16,6 +16,7 @@ from deepfusion.doctor.models import Start, trained
 from deepfusion.doctor.shapes import Shape
 from deepfusion.phases.assemble import shape_of
 from deepfusion.phases.judge import AT_ONCE, chosen
+from deepfusion.roles import tunes_fedjets
 
 UNSHIFTED = {"shifted": False}
 SIGNAL, SIGNAL_TOKEN = 6, 14  # bytes on disk of a kept alternative, and of a token beside them
@@ -257,7 +258,7 @@ def _fedjets(of: Extent) -> Iterator[Task]:
     batch, kept = device.training.rows * device.training.context, float(known.tokens(of.text.heldout))
     for phase, read in (("fedjets_best", config.rounds * kept), ("fedjets", 2 * kept)):
         yield Task(phase, 1, "read", moe, read, forward=read * moe.active, batch=batch, own=False)
-    if recipe.distill.shares.tune:
+    if tunes_fedjets(recipe):
         held, left = of.held(only_public=True), of.left(recipe.distill.shares.tune, base, moe)
         yield _training(of, "fedjets_tune", moe, recipe.tune.training, left, held[0], own=False)
 

@@ -155,7 +155,7 @@ def _of_baselines(findings: Findings) -> Table:
         for name, one in {RESULT: own, **findings.baselines}.items()
     ]
     heads = ["system", "rounds", "sent to devices", "sent by devices"]
-    return Table(heads, rows, texts=1, caption="All devices and rounds together; of FedAvg as far as its best round.")
+    return Table(heads, rows, texts=1, caption="All devices together, all rounds up to the best, which is the result.")
 
 
 def _measured(count: int | None) -> str:

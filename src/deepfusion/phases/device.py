@@ -36,13 +36,15 @@ def train_device(
     config: DevicePhase,
     *,
     seed: int,
+    sitting: int = 0,
     into: Path,
     runtime: Runtime,
 ) -> Upload:
     """Train one device's model with the causal LM loss (Eq. 2 of arXiv 2602.14301) and embed its text.
 
     Of the corpus, only `private/<device>.jsonl` and the public text are read. The upload is `model/`, or `adapter/`,
-    and e_n; no text. Its training's peak memory is noted in the folder, and is no part of the upload.
+    and e_n; no text. Where a device trains several times in a row, each `sitting` (0, 1, …) goes on in its text where
+    the last one ended. Its training's peak memory is noted in the folder, and is no part of the upload.
 
     Raises:
         InputError: an answer does not fit the context, there is no such encoder, or the method cannot train such a
@@ -62,7 +64,9 @@ def train_device(
         tokenizer = Tokenizer(checkpoints.open_tokenizer(ancestor.folder))
         kind = family(model.config.model_type)
         text = device_text(private, corpus, tokenizer, config, model.config, seed=seed)
-    schedule = Schedule(text.lessons, text.tokens, config.training, packs=kind.packs, seed=seed)
+    schedule = Schedule(
+        text.lessons, text.tokens, config.training, packs=kind.packs, seed=seed, after=sitting * text.tokens
+    )
     learner = Learner(model, build_objective(PLAIN, 0, 0, {}))
     done = fit(learner, schedule, config.training, seed=seed, into=into, runtime=runtime)
     memory.note(into, before)
