@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 QUIET_LIBRARIES := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false FLWR_TELEMETRY_ENABLED=0
 
-.PHONY: help demo check test test-slow docs bench clean
+.PHONY: help demo check test test-slow docs bench bench-tables clean
 .DELETE_ON_ERROR:
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make docs       the documentation site, into site/"
 	@echo "make bench      the benchmarks, into benchmarks/"
+	@echo "make bench-tables  the paper's tables, small, into runs/tables-*: up to an hour on two cores"
 	@echo "make clean      remove what the above made, runs/ excepted"
 
 # What running needs. torch goes first: the rest then finds it in place instead of resolving it along.
@@ -50,6 +51,10 @@ bench: .venv/runtime.stamp
 	$(QUIET_LIBRARIES) $(BIN)/python benchmarks/seeds.py demo --seeds 3 4 5 --report benchmarks/demo.md
 	$(QUIET_LIBRARIES) $(BIN)/python benchmarks/seeds.py capacity --report benchmarks/capacity.md
 	$(QUIET_LIBRARIES) $(BIN)/python benchmarks/seeds.py paper_mode --seeds 3 4 5 --report benchmarks/paper_mode.md
+
+bench-tables: .venv/runtime.stamp
+	$(QUIET_LIBRARIES) $(BIN)/deepfusion compare tables_medical --out runs/tables-medical
+	$(QUIET_LIBRARIES) $(BIN)/deepfusion compare tables_finance --out runs/tables-finance
 
 clean:
 	rm -rf .venv site build dist .pytest_cache .ruff_cache .hypothesis

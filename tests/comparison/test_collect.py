@@ -14,10 +14,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from deepfusion import cli
+from deepfusion import cli, pipeline
 from deepfusion.comparison import collect as module
 from deepfusion.comparison.collect import Plan, collect
 from deepfusion.comparison.grid import Variant, variants
+from deepfusion.config import Recipe
 from deepfusion.errors import InputError
 from seen import Seen
 from tiny import HERE, TREE
@@ -66,6 +67,38 @@ def test_a_run_that_fails_is_left_out_and_told(recipe: str, tmp_path: Path) -> N
     assert any("no/such/encoder" in told for told in seen.said)
     with pytest.raises(InputError, match="no run came to an end; the first: "):
         collect(Plan(recipe, [], found[1:], [0]), tmp_path / "other", HERE, Seen())
+
+
+def test_a_full_disk_stops_one_run_and_not_the_others(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = pipeline.run
+
+    def run(asked: Recipe, into: Path, *arguments: Any, **more: Any) -> Any:
+        if asked.assemble.top_k == 1:
+            raise OSError("no space left")
+        return ran(asked, into, *arguments, **more)
+
+    monkeypatch.setattr(module.pipeline, "run", run)
+    study = collect(Plan(recipe, [], variants(["assemble.top_k=[2, 1]"]), [0]), tmp_path / "out", HERE, Seen())
+    assert [entry.variant for entry in study.entries] == ["top_k = 2"]
+    assert [(failure.variant, failure.reason) for failure in study.failed] == [("top_k = 1", "no space left")]
+
+
+def test_what_a_killed_child_had_finished_counts(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dying = (
+        "import sys, json; sys.stdin.readline(); print(json.dumps(['good', None]), flush=True);"
+        "print(json.dumps(['bad', 'it broke']), flush=True); print('Killed', file=sys.stderr); sys.exit(9)"
+    )
+    monkeypatch.setattr(module, "CHILD", dying)
+    plan = Plan(recipe, [], [Variant("good"), Variant("bad"), Variant("late")], [0, 1])
+    for seed in plan.seeds:
+        into = module.folder(tmp_path / "out", plan.variants[0], seed)
+        into.mkdir(parents=True)
+        (into / "results.json").write_text('{"schema": 1, "rows": []}')
+    study = collect(plan, tmp_path / "out", HERE, Seen(), jobs=2)
+    assert [(entry.variant, entry.seed) for entry in study.entries] == [("good", 0), ("good", 1)]
+    assert {(failure.variant, failure.reason) for failure in study.failed} == {("bad", "it broke"), ("late", "Killed")}
 
 
 def test_a_recipe_that_is_none_is_told_before_anything_runs(recipe: str, tmp_path: Path) -> None:
@@ -138,9 +171,10 @@ def test_a_study_says_what_the_options_say(recipe: str, tmp_path: Path) -> None:
         (("--vary", "cluster.k"), "--vary takes key=[value, value]"),
         (("--systems", "fedall"), "evaluate.references"),
         (("--devices", "few"), "data.partition.devices"),
+        (("--vary", "cluster.k=[1, 2]", "--set", "cluster.k=2"), "--set cluster.k has no say, for cluster.k varies"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments: tuple[str, str], told: str, recipe: str, tmp_path: Path) -> None:
+def test_mistakes_are_told_in_one_line(arguments: tuple[str, ...], told: str, recipe: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(cli.app, ["compare", recipe, "--out", str(tmp_path / "o"), *arguments])
     assert result.exit_code == 2
     assert told in result.stderr

@@ -28,6 +28,32 @@ def test_what_is_no_list_of_values_is_refused(setting: str) -> None:
         variants([setting])
 
 
+def test_long_names_are_told_apart_by_what_they_set() -> None:
+    keys = ("transfer.sampled_per_cluster=[600]", "transfer.answers_per_question=[1]", "transfer.temperature=[0.7]")
+    folders = [variant.folder for variant in variants([*keys, "cluster.k=[2, 4]"])]
+    assert len(set(folders)) == 2
+    assert all(len(folder) <= 60 and folder.startswith("sampled_per_cluster-600") for folder in folders)
+    assert folders == [variant.folder for variant in variants([*keys, "cluster.k=[2, 4]"])]
+
+
+def test_keys_are_called_by_as_much_as_tells_them_apart() -> None:
+    found = variants(["device.training.learning_rate=[1]", "distill.training.learning_rate=[2]", "cluster.k=[4]"])
+    assert found[0].name == "device.training.learning_rate = 1, distill.training.learning_rate = 2, k = 4"
+
+
+@pytest.mark.parametrize(
+    ("vary", "named"),
+    [
+        (["cluster.k=[2]", "cluster.k=[4]"], {}),
+        (["distill.objective=[{kind: logits}]", "distill.objective.beta=[1]"], {}),
+        (["cluster.k=[2]"], {"few": {"cluster.k": 2}}),
+    ],
+)
+def test_a_key_that_varies_twice_is_refused(vary: list[str], named: dict[str, dict[str, int]]) -> None:
+    with pytest.raises(InputError, match="varies twice"):
+        variants(vary, named)
+
+
 def test_variants_of_one_name_are_refused() -> None:
     with pytest.raises(InputError, match="several variants are called 'k-2'"):
         variants(["cluster.k=[2, 2]"])

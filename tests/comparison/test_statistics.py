@@ -43,8 +43,8 @@ def test_differences_that_are_all_equal() -> None:
     same, apart = paired({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}), paired({0: 1.5, 1: 2.5}, {0: 1.0, 1: 2.0})
     assert same is not None
     assert apart is not None
-    assert (same.p, apart.p) == (1.0, 0.0)
-    assert apart.half == 0
+    assert (same.p, apart.p) == (1.0, None)  # of no spread, nothing can be said
+    assert apart.half is None
 
 
 def test_one_seed_has_a_difference_and_no_test() -> None:

@@ -23,7 +23,7 @@ def test_every_embedded_study_can_be_run(name: str) -> None:
 
 def test_every_embedded_study_is_in_the_documentation() -> None:
     page = (Path(__file__).parents[2] / "docs" / "comparing.md").read_text(encoding="utf-8")
-    assert [name for name in names() if f"| `{name}` |" not in page] == []
+    assert [name for name in names() if f"`{name}`" not in page] == []
 
 
 def test_a_file_says_what_the_options_say(tmp_path: Path) -> None:
@@ -54,6 +54,24 @@ def test_a_file_says_what_the_options_say(tmp_path: Path) -> None:
     soft = ("distill.objective.beta=3.0", "distill.objective.focus=0.0")
     assert grid[1].settings == (*soft, "cluster.k=2", "data.partition.devices=4")
     assert grid[2] == Variant("as it is, k = 1, N = 4", ("cluster.k=1", "data.partition.devices=4"))
+
+
+def test_what_the_command_line_varies_stands_in_place_of_the_files() -> None:
+    study = StudyFile(recipe="demo", vary={"cluster.k": (2, 4), "data.partition.devices": (8, 16)})
+    names = [variant.name for variant in study.grid(["data.partition.devices=[32]"])]
+    assert names == ["k = 2, N = 32", "k = 4, N = 32"]
+
+
+def test_paths_count_from_the_studys_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "recipe: demo\nset: {device.encoder: ../minilm}\n"
+        "variants: {8: {models.base: {path: small}}, other: {}}\nvary: {models.ancestors.gpt2.path: [one, /two]}\n"
+    )
+    study = find(str(tmp_path / "mine.yaml"))
+    assert study is not None
+    assert study.settings == [f'device.encoder="{tmp_path.parent / "minilm"}"']
+    assert study.variants == {"8": {"models.base": {"path": str(tmp_path / "small")}}, "other": {}}
+    assert study.vary["models.ancestors.gpt2.path"] == (str(tmp_path / "one"), "/two")
 
 
 def test_its_recipe_may_lie_beside_it(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 import pytest
 
 from comparison.made import results, row, study
+from deepfusion.comparison.sections import quality
+from deepfusion.comparison.statistics import Paired
 from deepfusion.comparison.study import Entry, Question, Study
 
 ACCURACY = Question("token_accuracy", "private_only")
@@ -33,12 +35,34 @@ def test_what_is_no_number_is_missing() -> None:
 def test_the_best_is_told_and_whether_that_is_certain() -> None:
     made = study(**CLEAR)
     # btx is ahead on no mean, but so uneven that nothing is certain of it; centralised training is no rival.
-    assert made.best("N = 2", ACCURACY) == ("deepfusion", False)
+    assert made.best("N = 2", ACCURACY) == (["deepfusion"], False)
     even = study(**{name: of for name, of in CLEAR.items() if name != "btx"})
-    assert even.best("N = 2", ACCURACY) == ("deepfusion", True)
-    assert even.best("N = 2", NATS) == ("deepfusion", True)  # where less is better
+    assert even.best("N = 2", ACCURACY) == (["deepfusion"], True)
+    assert even.best("N = 2", NATS) == (["deepfusion"], True)  # where less is better
     assert study(base=[0.1, 0.2, 0.3], deepfusion=[0.1, 0.2, 0.3]).best("N = 2", ACCURACY) is None
-    assert study(seeds=1, base=[0.1], deepfusion=[0.3]).best("N = 2", ACCURACY) == ("deepfusion", False)
+    assert study(seeds=1, base=[0.1], deepfusion=[0.3]).best("N = 2", ACCURACY) == (["deepfusion"], False)
+
+
+def test_of_equals_all_are_best() -> None:
+    made = study(base=[0.1, 0.2, 0.3], dense_kd=[0.9, 1.0, 0.8], deepfusion=[0.8, 1.0, 0.9])
+    assert made.best("N = 2", ACCURACY) == (["dense_kd", "deepfusion"], False)
+
+
+def test_who_lacks_a_seed_is_not_the_best() -> None:
+    """It lacks the hardest, on which others had to answer too."""
+    made = study(base=[0.1, 0.2, 0.1], dense_kd=[0.90, 0.92, float("nan")], deepfusion=[0.95, 0.97, 0.30])
+    assert made.best("N = 2", ACCURACY) == (["deepfusion"], False)
+    table = quality(made, ACCURACY)
+    cells = {row[0]: row[1] for row in table.rows}
+    assert cells["distillation (dense)"].endswith("(n = 2)")
+    assert "n =" not in cells["DeepFusion MoE"]
+
+
+def test_who_is_worse_on_the_same_seeds_is_not_significantly_better() -> None:
+    assert Study._ahead(Paired(0.05, 0.01, 3, 0.001), ACCURACY)  # pyright: ignore[reportPrivateUsage]
+    assert not Study._ahead(Paired(-0.05, 0.01, 3, 0.001), ACCURACY)  # pyright: ignore[reportPrivateUsage]
+    assert Study._ahead(Paired(-0.05, 0.01, 3, 0.001), NATS)  # pyright: ignore[reportPrivateUsage]
+    assert not Study._ahead(Paired(0.05, None, 3, None), ACCURACY)  # pyright: ignore[reportPrivateUsage]
 
 
 def test_deepfusion_minus_each_other() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Column, Table
@@ -20,6 +21,9 @@ from deepfusion.cli.options import (
     Threads,
     Workers,
 )
+
+if TYPE_CHECKING:
+    from deepfusion.comparison.grid import Variant
 
 
 @command
@@ -82,6 +86,7 @@ def compare(
     first = Recipe.load(of.recipe, settings)
     axes = [*([f"{DEVICES}=[{devices}]"] if devices is not None else []), *(vary or ())]
     plan = Plan(of.recipe, settings, of.grid(axes), read(seeds, first.seed))
+    _refuse_idle(overrides or (), plan.variants)
     into = folder or Path("runs") / f"{Path(recipe).stem if file else first.name}-compared"
     runtime = options.runtime(workers, threads, accelerator)
     if workers is None and jobs > 1:
@@ -99,6 +104,18 @@ def compare(
         STDOUT.print(*map(str, files), sep="\n", markup=False, soft_wrap=True)
     if study.failed:
         raise typer.Exit(1)
+
+
+def _refuse_idle(overrides: Sequence[str], variants: Sequence[Variant]) -> None:
+    """What `--set` would say of a key that varies, the variants would say otherwise."""
+    from deepfusion.comparison.grid import key_of, overlap
+    from deepfusion.errors import InputError
+
+    varied = {key_of(setting) for variant in variants for setting in variant.settings}
+    for key in map(key_of, overrides):
+        for other in sorted(varied):
+            if overlap(key, other):
+                raise InputError(f"--set {key} has no say, for {other} varies: give --vary '{other}=[…]' instead")
 
 
 def _printed(table: object) -> Table:

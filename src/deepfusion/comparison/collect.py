@@ -74,7 +74,8 @@ def collect(plan: Plan, out: Path, runtime: Runtime, watch: Watcher, jobs: int =
     seeds: dict[int, list[Failure]] = {}
     if jobs == 1 or len(plan.seeds) == 1:
         for seed in plan.seeds:
-            seeds[seed] = list(_seed(plan, seed, out, runtime, watch))
+            told = _seed(plan, seed, out, runtime, watch)
+            seeds[seed] = [Failure(variant.name, seed, reason) for variant, reason in told if reason is not None]
     else:
         # In this order: leaving by an exception ends the children first, for whom the threads wait.
         with ThreadPoolExecutor(jobs) as pool, _Children(plan, out, runtime, watch) as children:
@@ -92,17 +93,19 @@ def collect(plan: Plan, out: Path, runtime: Runtime, watch: Watcher, jobs: int =
     return Study(name, [variant.name for variant in plan.variants], list(plan.seeds), entries, failed)
 
 
-def _seed(plan: Plan, seed: int, out: Path, runtime: Runtime, watch: Watcher) -> Iterator[Failure]:
-    """Run a seed's variants, one after the other; those that failed."""
+def _seed(plan: Plan, seed: int, out: Path, runtime: Runtime, watch: Watcher) -> Iterator[tuple[Variant, str | None]]:
+    """Run a seed's variants, one after the other; each with why it failed, if it did."""
     for variant in plan.variants:
         label = f"seed {seed}" + (f", {variant.name}" if variant.name else "")
         watch.message(f"run     {label}")
         into = folder(out, variant, seed)
+        reason: str | None = None
         try:
             pipeline.run(plan.of(variant, seed), into, runtime, watch, steps=into.parent / "steps")
-        except (ValueError, StepError) as error:
-            watch.failed(label, str(error))
-            yield Failure(variant.name, seed, str(error))
+        except (ValueError, StepError, OSError) as error:
+            reason = str(error)
+            watch.failed(label, reason)
+        yield variant, reason
 
 
 class _Children:
@@ -144,10 +147,10 @@ class _Children:
             for line in child.stderr:
                 last = line.rstrip()
                 self._watch.message(f"seed {seed} | {last}")
-            told = child.stdout.read()
-        if child.returncode or not told:
-            return [Failure(variant.name, seed, last or "its process ended") for variant in self._plan.variants]
-        return [Failure(**one) for one in json.loads(told)]
+            told = dict(json.loads(line) for line in child.stdout if line.endswith("\n"))
+        lost = last or "its process ended"  # of those that it did not come to, or was killed in
+        reasons = {variant.name: told.get(variant.name, lost) for variant in self._plan.variants}
+        return [Failure(name, seed, reason) for name, reason in reasons.items() if reason is not None]
 
 
 def _task(plan: Plan, seed: int, out: Path, runtime: Runtime) -> dict[str, Any]:
@@ -155,7 +158,7 @@ def _task(plan: Plan, seed: int, out: Path, runtime: Runtime) -> dict[str, Any]:
 
 
 def main() -> None:
-    """A child: takes a task as a line of JSON, writes its failures to stdout, and stops when stdin ends."""
+    """A child: takes a task as a line of JSON, writes one for each variant that has ended, stops when stdin ends."""
     task = cast("dict[str, Any]", json.loads(sys.stdin.readline()))
     threading.Thread(target=_stop_at_the_end, daemon=True).start()
     plan = task["plan"]
@@ -164,10 +167,10 @@ def main() -> None:
     try:
         with Display() as display:
             runtime = Runtime.model_validate(task["runtime"])
-            failed = list(_seed(plan, task["seed"], Path(task["out"]), runtime, display))
+            for variant, reason in _seed(plan, task["seed"], Path(task["out"]), runtime, display):
+                print(json.dumps([variant.name, reason]), flush=True)
     except KeyboardInterrupt:
         sys.exit(130)
-    json.dump([asdict(one) for one in failed], sys.stdout)
 
 
 def _stop_at_the_end() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from typing import Any, cast
 
 import yaml
@@ -26,8 +27,12 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        """The name as that of a folder."""
-        return re.sub(r"[^\w.+-]+", "-", self.name).strip("-")[:LONGEST_NAME] or "as-written"
+        """The name as that of a folder; a long one is cut, and told from others by what it sets."""
+        name = re.sub(r"[^\w.+-]+", "-", self.name).strip("-") or "as-written"
+        if len(name) <= LONGEST_NAME:
+            return name
+        digest = hashlib.sha256("\n".join(self.settings).encode()).hexdigest()[:8]
+        return f"{name[: LONGEST_NAME - 9]}-{digest}"
 
 
 def variants(vary: Sequence[str], named: Mapping[str, Mapping[str, Any]] | None = None) -> list[Variant]:
@@ -43,9 +48,11 @@ def variants(vary: Sequence[str], named: Mapping[str, Mapping[str, Any]] | None 
     axes: list[list[Variant]] = []
     if named:
         axes.append([Variant(name, tuple(_setting(*one) for one in keys.items())) for name, keys in named.items()])
-    for setting in vary:
-        key, values = _values(setting)
-        axes.append([Variant(_named(key, value), (_setting(key, value),)) for value in values])
+    told = [_values(setting) for setting in vary]
+    _refuse_twice([{key for keys in (named or {}).values() for key in keys}, *({key} for key, _ in told)])
+    labels = _labels([key for key, _ in told])
+    for key, values in told:
+        axes.append([Variant(_named(labels[key], value), (_setting(key, value),)) for value in values])
     found = [
         Variant(", ".join(one.name for one in combination), tuple(s for one in combination for s in one.settings))
         for combination in product(*axes)
@@ -59,6 +66,36 @@ def variants(vary: Sequence[str], named: Mapping[str, Mapping[str, Any]] | None 
 
 def _setting(key: str, value: Any) -> str:
     return f"{key}={json.dumps(value)}"
+
+
+def overlap(one: str, other: str) -> bool:
+    """Whether two keys are one, or one is a section that the other is in."""
+    return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
+
+
+def key_of(setting: str) -> str:
+    """The key of `key=value`."""
+    return setting.partition("=")[0].strip()
+
+
+def _refuse_twice(axes: Sequence[set[str]]) -> None:
+    for keys, others in combinations(axes, 2):
+        for key, other in product(sorted(keys), sorted(others)):
+            if overlap(key, other):
+                both = key if key == other else f"{key} and {other}"
+                raise InputError(f"{both}: varies twice, of which only one can count: leave one out")
+
+
+def _labels(keys: Sequence[str]) -> dict[str, str]:
+    """As much of each key, from its end, as tells it from the others."""
+
+    def label(key: str) -> str:
+        parts = key.split(".")
+        ends = (".".join(parts[-length:]) for length in range(1, len(parts)))
+        others = [f".{other}" for other in keys if other != key]
+        return next((text for text in ends if not any(other.endswith(f".{text}") for other in others)), key)
+
+    return {key: key if key == DEVICES else label(key) for key in keys}
 
 
 def _values(setting: str) -> tuple[str, list[Any]]:
@@ -76,7 +113,7 @@ def _named(key: str, value: Any) -> str:
     if key == DEVICES:
         return f"N = {value}"
     written = yaml.safe_dump(value, default_flow_style=True, width=10_000).strip().removesuffix("\n...")
-    return f"{key.rpartition('.')[2]} = {written.strip('{}')}"
+    return f"{key} = {written.strip('{}')}"
 
 
 def seeds(text: str, first: int = 0) -> list[int]:

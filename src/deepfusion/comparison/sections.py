@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from markupsafe import Markup
@@ -16,8 +17,8 @@ from deepfusion.page.parts import Section, Table, signed
 
 INTERVAL = "± is half of the 95 % interval of the mean over seeds (Student's t)."
 MARKS = (
-    "Best of each column, centralised training aside; † where it is also significantly better than every other row "
-    "(p < .05, paired t-test by seed, uncorrected)."
+    "Best of each column, centralised training aside, among systems that every run has measured; † where it is also "
+    "significantly better than every other row (p < .05, paired t-test by seed, uncorrected)."
 )
 NONE = "–"
 TOLD = ("token_accuracy", "token_log_perplexity")  # by which the summary says what is ahead
@@ -92,14 +93,18 @@ def quality(study: Study, question: Question) -> Table:
     """Systems against variants: means and intervals, as in Tables I and II of arXiv 2602.14301."""
     systems = [s for s in study.systems() if any(study.values(v, s, question) for v in study.variants)]
     best, sure = set[tuple[int, int]](), set[tuple[int, int]]()
+    runs = Counter(entry.variant for entry in study.entries)
     for column, variant in enumerate(study.variants, 1):
         winner = study.best(variant, question)
         if winner is not None:
-            best.add((systems.index(winner[0]), column))
-            sure |= {(systems.index(winner[0]), column)} if winner[1] else set()
+            places = {(systems.index(system), column) for system in winner[0]}
+            best |= places
+            sure |= places if winner[1] else set()
     return Table(
         heads=[_metric(question), *_columns(study)],
-        rows=[[label(s), *(_estimated(study.estimate(v, s, question)) for v in study.variants)] for s in systems],
+        rows=[
+            [label(s), *(_estimated(study.estimate(v, s, question), runs[v]) for v in study.variants)] for s in systems
+        ],
         headings=_headings(systems),
         strong=frozenset(row for row, system in enumerate(systems) if system == RESULT),
         best=frozenset(best),
@@ -178,9 +183,9 @@ def _costs(study: Study) -> Section | None:
         return None
     text = (
         f"Bytes and memory are of {joined([label(system) for system in TRAINED_FOR])}, for which devices train: both "
-        "ways and all rounds together, and the whole process of the device that needs most, libraries included. What "
-        "devices start from is not counted as sent, but for baselines, whose devices are sent a model. Server compute "
-        "is in multiples of DeepFusion's; devices' is not counted."
+        "ways, all rounds up to the best, and the whole process of the device that needs most, libraries included. "
+        "What devices start from is not counted as sent, but for baselines, whose devices are sent a model. Server "
+        "compute is in multiples of DeepFusion's; devices' is not counted."
     )
     return Section("costs", "Bytes, memory, compute", [text], figures=drawn, tables=tables)
 
@@ -214,10 +219,12 @@ def _headings(systems: Sequence[str]) -> dict[int, str]:
     return {i: KINDS[name] for i, name in enumerate(kinds) if i == 0 or kinds[i - 1] != name}
 
 
-def _estimated(found: Estimate | None) -> str:
+def _estimated(found: Estimate | None, runs: int = 0) -> str:
+    """A mean with its interval; and of how many runs it is, if it lacks some."""
     if found is None:
         return NONE
-    return f"{found.mean:.4f}" + ("" if found.half is None else f" ± {found.half:.4f}")
+    few = f" (n = {found.count})" if found.count < runs else ""
+    return f"{found.mean:.4f}" + ("" if found.half is None else f" ± {found.half:.4f}") + few
 
 
 def _amount(found: Estimate | None, written: Callable[[float], str]) -> str:
@@ -227,9 +234,8 @@ def _amount(found: Estimate | None, written: Callable[[float], str]) -> str:
 def _differing(found: Paired | None) -> str:
     if found is None:
         return NONE
-    if found.half is None or found.p is None:
-        return signed(found.mean, 4)
-    return f"{signed(found.mean, 4)} ± {found.half:.4f} ({_chance(found.p)})"
+    interval = "" if found.half is None else f" ± {found.half:.4f}"
+    return signed(found.mean, 4) + interval + ("" if found.p is None else f" ({_chance(found.p)})")
 
 
 def _chance(p: float) -> str:

@@ -40,7 +40,8 @@ def estimate(values: Sequence[float]) -> Estimate:
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Paired | None:
     """Ours minus theirs over the seeds that both have; none without any.
 
-    Differences that are all equal have p = 1 where they are 0, and p = 0 elsewhere.
+    Differences that are all 0 have p = 1. Of others that are all equal, as of accuracies over a few questions, nothing
+    can be said: their spread is no estimate of how far the next one may lie.
     """
     from scipy.stats import t
 
@@ -53,7 +54,7 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Paired | N
         return Paired(mean, None, count, None)
     error = stdev(differences) / math.sqrt(count)
     if error == 0:
-        return Paired(mean, 0.0, count, 1.0 if mean == 0 else 0.0)
+        return Paired(mean, None if mean else 0.0, count, None if mean else 1.0)
     return Paired(mean, _half(differences), count, float(2 * t.sf(abs(mean) / error, count - 1)))
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
 from pydantic import Field, ValidationError, field_validator
 
-from deepfusion.comparison.grid import Variant, seeds, variants
+from deepfusion.comparison.grid import Variant, key_of, seeds, variants
 from deepfusion.config import Reference, Section
 from deepfusion.config.faults import explain
-from deepfusion.config.tree import read
+from deepfusion.config.tree import override, read, resolve_paths
 from deepfusion.errors import InputError
 
 
@@ -42,6 +42,13 @@ class StudyFile(Section):
         seeds(text)
         return text
 
+    @field_validator("variants", mode="before")
+    @classmethod
+    def _names(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {str(name): {} if keys is None else keys for name, keys in cast("dict[Any, Any]", given).items()}
+
     @property
     def settings(self) -> list[str]:
         """What is set in all runs, as `key=value`."""
@@ -49,12 +56,13 @@ class StudyFile(Section):
         return [f"{key}={json.dumps(value)}" for key, value in {**self.set, **wanted}.items()]
 
     def grid(self, more: list[str]) -> list[Variant]:
-        """All variants, crossed with further values (`key=[value, value]`).
+        """All variants, crossed with further values (`key=[value, value]`), which stand in place of the file's own.
 
         Raises:
             InputError: see `grid.variants`.
         """
-        own = [f"{key}={json.dumps(values)}" for key, values in self.vary.items()]
+        said = {key_of(setting) for setting in more}
+        own = [f"{key}={json.dumps(values)}" for key, values in self.vary.items() if key not in said]
         return variants([*own, *more], self.variants)
 
 
@@ -79,7 +87,7 @@ def find(name: str) -> StudyFile | None:
         beside = path.parent / str(tree["recipe"])
         if beside.is_file():
             tree["recipe"] = str(beside)
-        return _parsed(tree, name)
+        return _placed(_parsed(tree, name), path.parent)
     found = {path.stem: path for path in _embedded()}
     return _parsed(read(found[name]), name) if name in found else None
 
@@ -89,6 +97,28 @@ def _parsed(tree: dict[str, Any], origin: str) -> StudyFile:
         return StudyFile.model_validate(tree)
     except ValidationError as error:
         raise InputError(f"{origin}: {explain(error, StudyFile)}") from None
+
+
+def _placed(study: StudyFile, folder: Path) -> StudyFile:
+    """The study with the paths among its values made absolute; relative ones count from its own folder."""
+
+    def placed(key: str, value: Any) -> Any:
+        node: Any = {}
+        override(node, f"{key}={json.dumps(value)}")
+        resolve_paths(node, folder)
+        for part in key.split("."):
+            node = node[part]
+        return node
+
+    def all_of(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: placed(key, value) for key, value in values.items()}
+
+    changed = {
+        "set": all_of(study.set),
+        "variants": {name: all_of(values) for name, values in study.variants.items()},
+        "vary": {key: tuple(placed(key, value) for value in values) for key, values in study.vary.items()},
+    }
+    return study.model_copy(update=changed)
 
 
 def _embedded() -> Iterator[Path]:

@@ -108,19 +108,27 @@ class Study:
         """DeepFusion minus a system, paired by seed."""
         return paired(self.values(variant, RESULT, question), self.values(variant, system, question))
 
-    def best(self, variant: str, question: Question) -> tuple[str, bool] | None:
-        """The system with the best mean, centralised training aside, and whether it is significantly better than each
-        other one (p < .05, paired, uncorrected); none where there is nothing to compare, or all are equal.
+    def best(self, variant: str, question: Question) -> tuple[list[str], bool] | None:
+        """The systems with the best mean, centralised training aside, and whether there is one that is significantly
+        better than each other (p < .05, paired, uncorrected); none where there is nothing to compare, or all are equal.
+
+        A system that lacks a seed that others have is not among them: it may lack the hardest.
         """
         rivals = [system for system in self.systems() if system != CEILING]
-        values = {system: self.values(variant, system, question) for system in rivals}
-        means = {system: fmean(found.values()) for system, found in values.items() if found}
+        values = {system: found for system in rivals if (found := self.values(variant, system, question))}
+        most = max(map(len, values.values()), default=0)
+        means = {system: fmean(found.values()) for system, found in values.items() if len(found) == most}
         if len(means) < 2 or math.isclose(min(means.values()), max(means.values())):
             return None
-        best = (min if question.lower else max)(means, key=lambda system: means[system])
-        others = [paired(values[best], values[system]) for system in means if system != best]
-        ahead = [other is not None and other.p is not None and other.p < ALPHA for other in others]
-        return best, all(ahead)
+        winner = (min if question.lower else max)(means.values())
+        best = [system for system, mean in means.items() if math.isclose(mean, winner)]
+        others = [paired(values[best[0]], values[system]) for system in values if system != best[0]]
+        return best, len(best) == 1 and all(other is not None and self._ahead(other, question) for other in others)
+
+    @staticmethod
+    def _ahead(difference: Paired, question: Question) -> bool:
+        """Whether a difference is significant, and for the better."""
+        return difference.p is not None and difference.p < ALPHA and (difference.mean < 0) == question.lower
 
     def gap_closed(self, variant: str, question: Question) -> Estimate | None:
         """The share of the way from the base to centralised training, over seeds."""
@@ -135,7 +143,7 @@ class Study:
     # ── what it takes ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def traffic(self, variant: str, system: str) -> Estimate | None:
-        """Bytes on the wire, both ways, all devices and rounds together; of who has devices train."""
+        """Bytes on the wire, both ways, all devices and all rounds up to the best; of who has devices train."""
         found: list[float] = []
         for results in self._results(variant):
             sizes = results["bytes"]
@@ -200,8 +208,8 @@ class Study:
                             "difference": other and other.mean,
                             "difference_half": other and other.half,
                             "p": other and other.p,
-                            "best": best is not None and best[0] == system,
-                            "significantly_best": best == (system, True),
+                            "best": best is not None and system in best[0],
+                            "significantly_best": best == ([system], True),
                         }
                     )
         return rows
