@@ -24,7 +24,7 @@ def test_coverage_by_hand() -> None:
 def test_who_is_like_oneself_is_heard_whole() -> None:
     for make in (byte_level, lambda: unigram("never")):  # without a space that is not in the text
         one = Tokenizer(make())
-        assert coverage(one, one, ["ab the dog", "½ два"]) == Coverage(1, 1, 1)
+        assert coverage(one, one, ["ab the dog", "½ два"]) == Coverage(1, 1, 1, len(one.table))
     shared = coverage(Tokenizer(llama_style()), Tokenizer(llama_style()), ["ab the dog"])
     assert shared is not None
     assert shared.known == 1
@@ -40,10 +40,12 @@ def test_nothing_in_common() -> None:
 @pytest.mark.parametrize(
     ("shared", "how"),
     [
-        (Coverage(chunks=0.9, starts=0.9, known=0.2), "span_likelihood"),
-        (Coverage(chunks=0.3, starts=0.5, known=0.8), "projected_kl"),
-        (Coverage(chunks=0.3, starts=0.5, known=0.2), "span_likelihood"),  # little either way
-        (Coverage(chunks=0.9, starts=0.9, known=0.9), "span_likelihood"),
+        (Coverage(chunks=0.9, starts=0.9, known=0.2, vocabulary=512), "span_likelihood"),
+        (Coverage(chunks=0.3, starts=0.5, known=0.8, vocabulary=512), "projected_kl"),
+        (Coverage(chunks=0.3, starts=0.5, known=0.2, vocabulary=512), "span_likelihood"),  # little either way
+        (Coverage(chunks=0.9, starts=0.9, known=0.9, vocabulary=512), "span_likelihood"),
+        (Coverage(chunks=0.9, starts=0.9, known=0.9, vocabulary=49_152), "projected_kl"),
+        (Coverage(chunks=0.9, starts=0.9, known=0.2, vocabulary=49_152), "span_likelihood"),  # foreign tokens
     ],
 )
 def test_auto_is_what_says_more(shared: Coverage, how: Across) -> None:
