@@ -13,7 +13,7 @@ from typing import Any
 from deepfusion.artifacts import Checkpoint, Client, Round, Upload
 from deepfusion.config import PLAIN, DevicePhase, DistillPhase
 from deepfusion.learning import Given, Go, choose, students
-from deepfusion.steps import LAST
+from deepfusion.steps import LAST, sent_by
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,8 @@ def _fedjets(go: Go, given: Given, beside: Beside) -> Future[Round]:
         device for members in given.clusters.members for device in members[: math.ceil(config.anchors * len(members))]
     }
     epochs = config.epochs or recipe.device.epochs / config.rounds
-    training = recipe.device.model_copy(update={"epochs": epochs})
+    # Parts of an MoE travel as published: they are no descendants of a model that is known from the start.
+    training = recipe.device.model_copy(update={"epochs": epochs, "codec": None})
     rounds: list[Future[Round]] = []
     for number in range(1, config.rounds + 1):
         clients = [
@@ -198,7 +199,10 @@ def _btx(go: Go, given: Given, beside: Beside) -> Future[Checkpoint]:
 def _trained(
     go: Go, given: Given, baseline: str, prefix: str, number: int, model: Future[Any], config: DevicePhase
 ) -> Future[Upload]:
-    """What an accepted device makes of a model that it is sent; of an adapter that it sends, the whole model."""
+    """What an accepted device makes of a model that it is sent; of an adapter or what it packs, the whole model.
+
+    Its uploads are as small as the run's own.
+    """
     device = given.uploads[number].device
     # Nobody asks what its text is about: the run's clusters stand.
     config = config.model_copy(update={"encoder": "hashing"})
@@ -206,9 +210,9 @@ def _trained(
         Upload, f"{baseline}_device", f"{prefix}{device}", device=device, ancestor=model, ancestor_name="base",
         corpus=given.corpus, config=config, seed=given.recipe.seed + 1000 + number, priority=LAST,
     )  # fmt: skip
-    if config.upload != "adapter":
+    if config.sends == "model":
         return upload
     return go(
-        Upload, f"{baseline}_materialise", f"{prefix}{device}", upload=upload, ancestor=model, lora=config.lora,
+        Upload, f"{baseline}_materialise", f"{prefix}{device}", upload=upload, ancestor=model, **sent_by(config),
         priority=LAST,
     )  # fmt: skip
