@@ -351,24 +351,39 @@ HARMS: dict[str, tuple[Callable[[Upload], object], str]] = {
     ),
     "another ancestor": (
         with_header(lambda header: header["__metadata__"].update(ancestor="0" * 64)),
-        "is packed for ancestor 000000000000000000000000, not ",
+        "is packed for ancestor '000000000000000000000000', not '",
     ),
     "another codec": (
         with_header(lambda header: header["__metadata__"].update(codec="nf4 delta")),
-        "is packed for codec nf4 delta, not int8 delta",
+        "is packed for codec 'nf4 delta', not 'int8 delta'",
     ),
     "no metadata": (with_header(lambda header: header.pop("__metadata__")), "has no header of a packed upload"),
     "another shape": (
         with_header(lambda header: header[f"{W}:q"].update(shape=[64, 32])),
-        f"tensor {W}:q is I8 [64, 32] instead of I8 [32, 64]",
+        f"tensor '{W}:q' is 'I8' '[64, 32]' instead of 'I8' '[32, 64]'",
     ),
     "another dtype": (
         with_header(lambda header: header[f"{W}:q"].update(dtype="U8")),
-        f"tensor {W}:q is U8 [32, 64] instead of I8 [32, 64]",
+        f"tensor '{W}:q' is 'U8' '[32, 64]' instead of 'I8' '[32, 64]'",
     ),
-    "missing": (with_header(lambda header: header.pop(f"{W}:s")), f"tensor {W}:s is not there instead of BF16"),
-    "unknown": (with_header(lambda header: header.update(x={"dtype": "I8"})), "tensor x is I8 None instead of not"),
-    "overlapping": (with_header(lambda header: header[f"{W}:q"].update(data_offsets=[0, 2048])), f"tensor {W}:q is I8"),
+    "missing": (with_header(lambda header: header.pop(f"{W}:s")), f"tensor '{W}:s' is not there instead of 'BF16'"),
+    "unknown": (
+        with_header(lambda header: header.update(x={"dtype": "I8"})),
+        "tensor 'x' is 'I8' 'None' instead of not there",
+    ),
+    "overlapping": (
+        with_header(lambda header: header[f"{W}:q"].update(data_offsets=[0, 2048])),
+        f"tensor '{W}:q' is 'I8'",
+    ),
+    "other spaces": (with_header(lambda header: None), "has a header that is written otherwise"),
+    "a name that cannot be written": (
+        with_header(lambda header: header.update({"\ud800\x1b[2J": {}})),
+        r"tensor '\ud800\x1b[2J' is 'None' 'None' instead of not there",
+    ),
+    "metadata of another kind": (
+        with_header(lambda header: header.update(__metadata__=[])),  # pyright: ignore[reportCallIssue]
+        "has no header of a packed upload",
+    ),
     "NaN": (with_value(f"{W}:s", math.nan), f"tensor {W}:s holds NaN or infinity"),
     "infinity": (with_value("transformer.ln_f.weight", math.inf), "tensor transformer.ln_f.weight holds NaN"),
     "huge": (with_value(f"{W}:s", 1e30), f"tensor {W} may hold more than 65504: its training diverged"),

@@ -235,18 +235,20 @@ class Contents:
         if len(length) < 8 or (asked and len(text) < size):
             raise ValueError(f"{file} ends within its header")
         try:
-            found: Any = json.loads(text)
-            said: dict[str, Any] = dict(found.pop("__metadata__"))
-            for field, must in self.metadata.items():
-                if (one := said.get(field)) != must:
-                    raise ValueError(f"{file} is packed for {field} {str(one)[:24]}, not {must[:24]}")
-            expected = json.loads(head[8:])
-            for name in sorted({*found, *expected} - {"__metadata__"}):
-                if (one := found.get(name)) != (other := expected.get(name)):
-                    raise ValueError(f"{file}: tensor {name[:200]} is {_shown(one)} instead of {_shown(other)}")
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError):
-            pass
-        raise ValueError(f"{file} has no header of a packed upload")
+            fault = self._difference(json.loads(text), json.loads(head[8:]))
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):  # from elsewhere, of any shape
+            fault = " has no header of a packed upload"
+        raise ValueError(f"{file}{fault}")
+
+    def _difference(self, found: Any, expected: Any) -> str:
+        """The first thing in which a header is not as expected; what it says is cut short, and shown as code."""
+        for field, must in self.metadata.items():
+            if (said := found["__metadata__"].get(field)) != must:
+                return f" is packed for {field} {str(said)[:24]!r}, not {must[:24]!r}"
+        for name in sorted({*found, *expected} - {"__metadata__"}):
+            if (one := found.get(name)) != (other := expected.get(name)):
+                return f": tensor {name[:200]!r} is {_shown(one)} instead of {_shown(other)}"
+        return " has a header that is written otherwise"
 
     def parts(self, held: Mapping[str, Stored], before: Mapping[str, Stored] | None) -> list[Part]:
         """The tensors as they were packed, in float32, still to be made; `before`: the ancestor's, to be added."""
@@ -261,7 +263,7 @@ def _bound(size: int) -> int:
 
 
 def _shown(entry: Any) -> str:
-    return "not there" if entry is None else f"{entry.get('dtype')} {entry.get('shape')}"[:200]
+    return "not there" if entry is None else f"{str(entry.get('dtype'))[:20]!r} {str(entry.get('shape'))[:80]!r}"
 
 
 def _restored(form: Form, held: Mapping[str, Stored], before: Mapping[str, Stored] | None) -> Iterator[Tensor]:
