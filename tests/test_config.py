@@ -117,6 +117,15 @@ def sources(recipe: Recipe) -> list[TextSource]:
             "device.upload=adapter",
             "device: upload: adapter needs method: lora or qlora, for full training has no adapter to send",
         ),
+        (
+            "device.codec={numbers: nf4, rank: 8}",
+            "device.codec: rank is that of a change: set delta: true, or leave rank out",
+        ),
+        (
+            "device={method: lora, upload: adapter, codec: {delta: true}}",
+            "device: codec.delta is what changed in the ancestor, which an adapter is already: leave it out",
+        ),
+        ("device.codec.numbers=int4", "device.codec.numbers: must be float32, bfloat16, int8 or nf4, not 'int4'"),
         ("device.method=LoRA", "device.method: must be full, lora or qlora, not 'LoRA'"),
         ("device.lora.targets=[]", "device.lora.targets: must have at least 1 entry, not 0"),
         ("seed=" + "x" * 100, "seed: must be an integer ≥ 0, not '" + "x" * 59 + "…"),

@@ -74,13 +74,16 @@ class DeviceFacts(Strict):
     ancestor: str
     model_type: str
     method: Literal["full", "lora", "qlora"]
-    sends: Literal["model", "adapter"]
+    sends: Literal["model", "adapter", "packed"]
     parameters: int
     trained_parameters: int
     tokens: int
     bytes: int
     before_bytes: int | None
     training_peak_bytes: int | None
+    codec: str | None
+    error: float | None
+    lost: float | None
 
 
 class Results(BaseModel):

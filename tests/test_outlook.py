@@ -41,6 +41,11 @@ def test_adapters_are_made_whole() -> None:
     assert "materialise" not in counts("device.method=lora")
 
 
+def test_packed_uploads_are_made_whole() -> None:
+    found = counts("device.codec={numbers: nf4, delta: true}", "evaluate.references=[btx]")
+    assert (found["materialise"], found["btx_materialise"]) == (16, 16)
+
+
 def test_devices_that_start_from_the_base_have_task_vectors() -> None:
     with_them = counts("distill.task_vectors=0.5", recipe="real_llms")
     without = counts("distill.task_vectors=0", "distill.own_task_vectors=false", recipe="real_llms")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deepfusion.artifacts import Rejection
+from deepfusion.artifacts import Packing, Rejection
 from deepfusion.findings import Findings, Measured
 from deepfusion.page import costs, quality, sections, summary, tiles
 from deepfusion.page.parts import Table
@@ -207,6 +207,21 @@ def test_every_device_says_how_it_trained_and_what_that_took(tmp_path: Path) -> 
     assert column(table, "trained")["d01"] == "4,000"
     assert column(table, "peak memory") == {device: "192.0 MiB" if device != "d00" else "" for device in DEVICES}
     assert column(table, "before")["d15"] == "128.0 MiB"
+
+
+def test_what_packing_loses_is_told(tmp_path: Path) -> None:
+    """Of those that packed; without any there is no such column."""
+    found = findings(tmp_path, DEVICES)
+    packing = Packing(codec="int8 delta", error=0.0002, lost=0.0123)
+    one = found.uploads[0].model_copy(update={"sends": "packed", "packing": packing})
+    section = costs.traffic(findings(tmp_path, DEVICES, uploads=[one, *found.uploads[1:]]))
+    assert section is not None
+    sends, lost = column(section.tables[0], "sends"), column(section.tables[0], "lost, %")
+    assert (sends["d00"], lost["d00"]) == ("int8 delta", "1.23")
+    assert (sends["d01"], lost["d01"]) == ("model", "")
+    section = costs.traffic(found)
+    assert section is not None
+    assert "lost, %" not in section.tables[0].heads
 
 
 def test_times_are_those_of_the_run_that_did_the_work(tmp_path: Path) -> None:

@@ -378,6 +378,41 @@ def test_adapters_are_sent_and_made_whole(
         assert one["training_peak_bytes"] <= peak
 
 
+@pytest.mark.parametrize("upload", ["merged", "adapter"])
+def test_packed_uploads_are_made_whole(
+    upload: str, again: Callable[..., tuple[Path, Seen]], done: tuple[Path, Report, Seen]
+) -> None:
+    """A run with a codec is the one without, but for what the codec loses; and devices send a fraction."""
+    others = ["evaluate.references=[]"]
+    codec = "{numbers: int8, delta: true}"
+    if upload == "adapter":
+        others += ["device.method=lora", "device.upload=adapter"]
+        codec = "{numbers: int8}"
+        exact = results(again(*others)[0])
+    else:
+        exact = results(done[0])
+    out, seen = again(*others, f"device.codec={codec}")
+    found = results(out)
+    assert {f"materialise {device}" for device in DEVICES} <= set(seen.ran)
+    label = "int8 delta" if upload == "merged" else "int8"
+    for one in found["devices"]:
+        [folder] = [path for path in out.glob(f"steps/device/{one['device']}-*") if (path / "packed").is_dir()]
+        [file] = (folder / "packed").iterdir()
+        assert one["bytes"] == file.stat().st_size + 64 == found["bytes"]["per_device"][one["device"]]["up"]
+        assert not [path for path in folder.iterdir() if path.name in ("model", "adapter", ".model", ".adapter")]
+        assert (one["sends"], one["codec"]) == ("packed", label)
+        assert 0 < one["error"] < one["lost"] < 0.02
+    assert found["bytes"]["up"] < exact["bytes"]["up"] * (0.2 if upload == "merged" else 0.4)
+    assert "per cent of how far training took it" in (out / "report.html").read_text()
+    assert exact["devices"][0]["codec"] is None
+    perplexity = [
+        next(row["value"] for row in tree["rows"] if row["system"] == "deepfusion"
+             and (row["domain"], row["subset"], row["metric"]) == ("all", "all", "token_log_perplexity"))
+        for tree in (exact, found)
+    ]  # fmt: skip
+    assert perplexity[1] == pytest.approx(perplexity[0], abs=0.1)
+
+
 def test_models_from_elsewhere_are_taken(
     again: Callable[..., tuple[Path, Seen]], done: tuple[Path, Report, Seen]
 ) -> None:

@@ -114,6 +114,29 @@ def test_a_run_too_can_be_taught_by_the_likeliest(tmp_path: Path) -> None:
     assert spent["pooled_text_dense", "train"] == pytest.approx(budget, rel=0.1)
 
 
+def test_baselines_send_what_the_run_sends(tmp_path: Path) -> None:
+    """With a codec, what devices make of a whole model is packed too; parts of an MoE are not."""
+    out = tmp_path / "run"
+    pipeline.run(
+        recipe(
+            "evaluate.references=[fedavg_dense, fedjets]",
+            "baselines={fedavg_dense: {rounds: 2}, fedjets: {rounds: 1}}",
+            "device.codec={numbers: int8, delta: true}", "device.epochs=2", "transfer.kinds=[public]", *BARE[:1],
+        ),
+        out,
+        HERE,
+    )  # fmt: skip
+    found = json.loads((out / "results.json").read_text())["bytes"]["baselines"]
+    packed = [step_record(out, "fedavg_device", f"round-1-device-0{n}") for n in range(4)]
+    assert {record["packing"]["codec"] for record in packed} == {"int8 delta"}
+    second, _ = step(out, "fedavg_materialise", "round-2-device-00")
+    mean, _ = step(out, "fedavg_round", "1")
+    assert second.keys() == mean.keys()
+    assert all(0 < float((second[name] - mean[name]).norm() / mean[name].norm()) < 0.5 for name in mean)
+    assert found["fedavg_dense"]["up"] * 2 < found["fedavg_dense"]["down"]
+    assert "packing" not in step_record(out, "fedjets_device", "round-1-device-00")
+
+
 def test_a_round_starts_from_the_mean_of_the_last(done: tuple[Path, dict[str, Any], Seen]) -> None:
     out = done[0]
     first, told = step(out, "fedavg_round", "1")

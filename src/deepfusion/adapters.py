@@ -7,7 +7,7 @@ to weights on disk is done here, because peft merges whole models in memory.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from deepfusion.checkpoints import copy_description, open_config
+from deepfusion.checkpoints import open_config, write_descendant
 from deepfusion.config import LoRA
 from deepfusion.families import family, skeleton
-from deepfusion.weights import Part, Stored, blocks, stored, write
+from deepfusion.weights import Part, Stored, blocks, stored
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # peft's, before the name of a module
@@ -91,12 +91,22 @@ def attach(model: PreTrainedModel, lora: LoRA, *, seed: int) -> None:
 
 def save(model: PreTrainedModel, ancestor: Path, lora: LoRA, folder: Path) -> None:
     """Write the attached adapter of a model that was opened from `ancestor`; equal adapters give equal bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
     held: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
-    tensors = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in sorted(held.items())}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    write({_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in held.items()}, ancestor, lora, folder)
+
+
+def write(tensors: Mapping[str, Tensor], ancestor: Path, lora: LoRA, folder: Path) -> None:
+    """Write an adapter's folder from its tensors, which have the names and shapes of `shapes`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(sorted(tensors.items())), folder / WEIGHTS, metadata={"format": "pt"})
     text = json.dumps(_description(sites(skeleton(open_config(ancestor)), lora), lora), indent=1, sort_keys=True)
     (folder / CONFIG).write_text(text, encoding="utf-8")
+
+
+def shapes(ancestor: Path, lora: LoRA) -> dict[str, tuple[int, int]]:
+    """Name → shape of the tensors of an adapter of `ancestor`."""
+    found = sites(skeleton(open_config(ancestor)), lora)
+    return {name: shape for place, site in found.items() for name, shape in site.shapes(place, lora.rank).items()}
 
 
 def validate(folder: Path, ancestor: Path, lora: LoRA) -> None:
@@ -111,7 +121,7 @@ def validate(folder: Path, ancestor: Path, lora: LoRA) -> None:
         raise ValueError(f"{folder} holds {strange[0]}: an adapter is {CONFIG} and {WEIGHTS}, and nothing else")
     found, file = sites(skeleton(open_config(ancestor)), lora), folder / WEIGHTS
     _check_description(folder / CONFIG, _description(found, lora))
-    expected = {name: shape for place, site in found.items() for name, shape in site.shapes(place, lora.rank).items()}
+    expected = shapes(ancestor, lora)
     for name, (dtype, shape) in _header(file).items():
         if name not in expected:
             raise ValueError(f"{file}: tensor {name} belongs to no matrix that was to be adapted")
@@ -146,9 +156,12 @@ def merge(ancestor: Path, adapter: Path, lora: LoRA, *, into: Path, resume: bool
         into: where the checkpoint goes.
         resume: keep what an interrupted call with the same arguments has finished.
     """
-    into.mkdir(parents=True, exist_ok=True)
-    config = open_config(ancestor)
-    model = skeleton(config)
+    write_descendant(ancestor, merged(ancestor, adapter, lora), into=into, resume=resume)
+
+
+def merged(ancestor: Path, adapter: Path, lora: LoRA) -> list[Part]:
+    """The tensors that `merge` writes, still to be made; the adapter's own are in memory."""
+    model = skeleton(open_config(ancestor))
     found, low_rank = sites(model, lora), load_file(adapter / WEIGHTS)
     # Checkpoints of a model without its head leave out the prefix of its names.
     prefix = f"{model.base_model_prefix}."
@@ -162,10 +175,7 @@ def merge(ancestor: Path, adapter: Path, lora: LoRA, *, into: Path, resume: bool
             left, right = (a.T, b.T) if found[place].turned else (b, a)
             make = partial(_added, one, left * (lora.alpha / lora.rank), right)
         parts.append(Part(name, dtype, one.shape, make))
-    write(into, parts, resume=resume)
-    copy_description(ancestor, into)
-    config.dtype = torch.float32
-    config.save_pretrained(into)
+    return parts
 
 
 def _copied(one: Stored, dtype: torch.dtype) -> Iterator[Tensor]:

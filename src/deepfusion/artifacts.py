@@ -162,10 +162,21 @@ class Round(Checkpoint):
     heldout: tuple[tuple[int, float], ...] = ()  # of the best round: each round's number and loss on held-out text
 
 
-class Upload(Artifact):
-    """What one device sends, once: `model/` or `adapter/`, and an embedding of its text (m_n, e_n).
+class Packing(BaseModel):
+    """How an upload is packed, and what is lost by it, as measured where it was packed."""
 
-    An adapter that the server has added to its ancestor is an upload with `model/` like any other.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    codec: str  # the label of the recipe's codec
+    error: float = Field(ge=0)  # L2 distance of what the server unpacks from what was trained, relative to the latter
+    lost: float = Field(ge=0)  # the same distance relative to what training changed; 0 if that was nothing
+
+
+class Upload(Artifact):
+    """What one device sends, once: `model/`, `adapter/` or `packed/`, and an embedding of its text (m_n, e_n).
+
+    An adapter that the server has added to its ancestor is an upload with `model/` like any other, and so is what was
+    packed.
     """
 
     device: str
@@ -180,7 +191,9 @@ class Upload(Artifact):
     losses: tuple[tuple[int, float], ...] = ()
     method: Literal["full", "lora", "qlora"] = "full"  # how it was trained
     trained_parameters: int = 0  # weights that training changed
-    sends: Literal["model", "adapter"] = "model"
+    sends: Literal["model", "adapter", "packed"] = "model"
+    # Absent from the records, and so from the digests, of uploads that are sent as they are.
+    packing: Packing | None = Field(default=None, exclude_if=lambda packing: packing is None)
 
     @property
     def model(self) -> Path:

@@ -27,7 +27,7 @@ from transformers.utils.import_utils import is_bitsandbytes_available
 from deepfusion.artifacts import MANIFEST, RECORD, Checkpoint, Work
 from deepfusion.families import family, skeleton
 from deepfusion.families.make import END, make_model, make_tokenizer
-from deepfusion.weights import INDEX, Stored, digest, index, shapes, stored, tensors
+from deepfusion.weights import INDEX, Part, Stored, digest, index, shapes, stored, tensors, write
 
 __all__ = [
     "END",
@@ -45,7 +45,9 @@ __all__ = [
     "shapes",
     "tensors",
     "tokenizer_fingerprint",
+    "trained_shapes",
     "validate",
+    "write_descendant",
 ]
 
 NF4_BLOCK = 64  # weights of one row that share a scale
@@ -194,6 +196,25 @@ def copy_description(source: Path, target: Path) -> None:
         weights = path.suffix not in {".json", ".jinja", ".txt", ".model"} or path.name == INDEX
         if path.is_file() and not weights and not path.name.startswith(".") and path.name not in (RECORD, MANIFEST):
             (target / path.name).write_bytes(path.read_bytes())
+
+
+def write_descendant(ancestor: Path, parts: Iterable[Part], *, into: Path, resume: bool = False) -> None:
+    """Write a checkpoint of weights in float32, with config and tokenizer of the one whose descendant it is.
+
+    With `resume`, what an interrupted call with the same arguments has finished is kept.
+    """
+    into.mkdir(parents=True, exist_ok=True)
+    write(into, parts, resume=resume)
+    copy_description(ancestor, into)
+    config = open_config(ancestor)
+    config.dtype = torch.float32
+    config.save_pretrained(into)
+
+
+def trained_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name → shape of the tensors that are saved of a model that was opened from a checkpoint, sorted by name."""
+    on_disk, needed, _ = _expected(skeleton(open_config(folder)))
+    return {name: on_disk[name] for name in sorted(needed)}
 
 
 def named_as(names: Iterable[str], folder: Path) -> dict[str, Stored]:

@@ -104,6 +104,9 @@ class Device:
     bytes: int  # sent
     before_bytes: int | None  # resident before its model was opened: libraries, text
     training_peak_bytes: int | None  # most that was resident until its training ended
+    codec: str | None = None  # how it was packed, if it was
+    error: float | None = None  # what the server's copy of the model misses, relative to its weights
+    lost: float | None = None  # the same relative to what training changed in them
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,7 @@ class Findings:
                 bytes=sent.get(upload.device, upload.bytes),
                 before_bytes=took.get(upload.device, {}).get("before_bytes"),
                 training_peak_bytes=took.get(upload.device, {}).get("peak_bytes"),
+                **(upload.packing.model_dump() if upload.packing else {}),
             )
             for upload in self.uploads
         ]

@@ -42,7 +42,7 @@ from deepfusion.outlook import waiting
 from deepfusion.planner import NotYetRunError, PlannedStep, Planner
 from deepfusion.references import references
 from deepfusion.roles import NO_KIN, WITHOUT_KIN, Teacher
-from deepfusion.steps import FIRST, LAST, STEPS, placed
+from deepfusion.steps import FIRST, LAST, STEPS, placed, sent_by
 from deepfusion.store import Store, link_tree
 
 A = TypeVar("A", bound=Artifact)
@@ -168,19 +168,19 @@ class _Method:
             for number, (device, name) in enumerate(roles.starting_points(names, recipe.models, seed).items())
         }  # fmt: skip
         arrived, failures = self.arrivals(uploads)
-        lora = recipe.device.lora if recipe.device.upload == "adapter" else None
+        sent = sent_by(recipe.device)
         intake = self.go(
-            Intake, "upload", uploads=list(arrived.values()), failures=failures, ancestors=ancestors, lora=lora,
+            Intake, "upload", uploads=list(arrived.values()), failures=failures, ancestors=ancestors, **sent,
             embedding_bytes=recipe.device.embedding_bytes,
         )  # fmt: skip
         for rejection in intake.result().rejected:
             if rejection.device not in failures:  # of which the watcher has been told
                 self.engine.watch.message(left_out(rejection.device, rejection.reason))
         accepted = [arrived[device] for device in intake.result().accepted]
-        if lora is not None:
+        if recipe.device.sends != "model":
             whole = [
                 self.go(
-                    Upload, "materialise", upload.device, upload=upload, ancestor=ancestors[upload.ancestor], lora=lora
+                    Upload, "materialise", upload.device, upload=upload, ancestor=ancestors[upload.ancestor], **sent
                 )
                 for upload in accepted
             ]  # fmt: skip

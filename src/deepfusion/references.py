@@ -14,7 +14,7 @@ from deepfusion.artifacts import Checkpoint, Client, Round, Upload
 from deepfusion.config import PLAIN, DevicePhase, DistillPhase, Recipe
 from deepfusion.learning import Given, Go, choose, students
 from deepfusion.roles import tunes_fedjets
-from deepfusion.steps import LAST
+from deepfusion.steps import LAST, sent_by
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,10 @@ def _fedjets(go: Go, given: Given, beside: Beside) -> Future[Round]:
 
 
 def _all_weights(recipe: Recipe) -> DevicePhase:
-    """How a device of FedJETS trains: as the recipe's devices, but all weights, whatever these do."""
+    """How a device of FedJETS trains: as the recipe's devices, but all weights, whatever these do.
+
+    Parts of an MoE travel as published, and are not packed: they descend from no model that is known from the start.
+    """
     config, device = recipe.baselines.fedjets, recipe.device
     own = device.training.learning_rate if device.method == "full" else recipe.distill.training.learning_rate
     training = device.training.model_copy(update={"learning_rate": config.learning_rate or own})
@@ -221,7 +224,10 @@ def _trained(
     config: DevicePhase,
     sitting: int = 0,
 ) -> Future[Upload]:
-    """What an accepted device makes of a model that it is sent; of an adapter that it sends, the whole model."""
+    """What an accepted device makes of a model that it is sent; of an adapter or what it packs, the whole model.
+
+    Its uploads are as small as the run's own.
+    """
     device = given.uploads[number].device
     # Nobody asks what its text is about: the run's clusters stand.
     config = config.model_copy(update={"encoder": "hashing"})
@@ -229,9 +235,9 @@ def _trained(
         Upload, f"{baseline}_device", f"{prefix}{device}", device=device, ancestor=model, ancestor_name="base",
         corpus=given.corpus, config=config, seed=given.recipe.seed + 1000 + number, sitting=sitting, priority=LAST,
     )  # fmt: skip
-    if config.upload != "adapter":
+    if config.sends == "model":
         return upload
     return go(
-        Upload, f"{baseline}_materialise", f"{prefix}{device}", upload=upload, ancestor=model, lora=config.lora,
+        Upload, f"{baseline}_materialise", f"{prefix}{device}", upload=upload, ancestor=model, **sent_by(config),
         priority=LAST,
     )  # fmt: skip

@@ -22,6 +22,7 @@ from deepfusion.artifacts import (
     Upload,
     Writing,
 )
+from deepfusion.config import DevicePhase
 
 # Phase → what runs it, what it gives, and a number to raise when the same inputs would give something else.
 STEPS: dict[str, tuple[str, type[Artifact], int]] = {
@@ -81,6 +82,12 @@ STEPS: dict[str, tuple[str, type[Artifact], int]] = {
     "report": ("deepfusion.conclusion:conclude", Report, 2),
 }
 FIRST, LAST = -10, 10  # priorities: the run's own critical path, and what only stands beside it
+
+
+def sent_by(device: DevicePhase) -> dict[str, Any]:
+    """Arguments that tell a step what devices send; the codec's name is in a step's key only where there is one."""
+    lora = device.lora if device.upload == "adapter" else None
+    return {"lora": lora} if device.codec is None else {"lora": lora, "codec": device.codec}
 
 
 def placed(**arguments: tuple[Any, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ SHARD_BYTES = 2**30
 BLOCK = 2**18  # elements that are worked on at a time: in float32 they fit into a core's cache, four times as fast
 AHEAD = 8  # blocks that wait to be written
 Shape = tuple[torch.dtype, tuple[int, ...]]
+METADATA = {"format": "pt"}  # of a file of weights
 
 _DTYPES = {  # in the order that the library lays them out in a file
     "I64": torch.int64,
@@ -137,10 +138,20 @@ def stored(folder: Path) -> dict[str, Stored]:
         ValueError: no safetensors, broken ones, or a dtype that is not used for weights.
     """
     places = index(folder)
-    headers = {file: _header(file) for file in set(places.values())}
+    held = {file: stored_in(file) for file in set(places.values())}
+    return {name: held[file][name] for name, file in places.items()}
+
+
+def stored_in(file: Path) -> dict[str, Stored]:
+    """The same of one safetensors file, whatever its name.
+
+    Raises:
+        ValueError: it is none, is broken, or has a dtype that is not used for weights.
+    """
+    with _opened(file):
+        header = _header(file)
     found: dict[str, Stored] = {}
-    for name, file in places.items():
-        entry = headers[file][name]
+    for name, entry in sorted(header.items()):
         if entry["dtype"] not in _DTYPES:
             raise ValueError(f"{file}: tensor {name} has dtype {entry['dtype']}, which is not supported")
         found[name] = Stored(file, _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["start"])
@@ -162,7 +173,7 @@ def digest(folder: Path) -> str:
     """
     held = stored(folder)
     shard = _laid_out([Part(name, one.dtype, one.shape, one.read) for name, one in held.items()])
-    sha = hashlib.sha256(_head(shard))
+    sha = hashlib.sha256(_head(shard, METADATA))
     for part in shard:
         for block in held[part.name].through():
             sha.update(_bytes(block))
@@ -241,7 +252,14 @@ class Part:
             raise ValueError(f"{self.name} was made with {count} bytes instead of {self.nbytes}")
 
 
-def write(folder: Path, parts: Iterable[Part], *, shard_bytes: int = SHARD_BYTES, resume: bool = False) -> None:
+def write(
+    folder: Path,
+    parts: Iterable[Part],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    metadata: Mapping[str, str] = METADATA,
+    resume: bool = False,
+) -> None:
     """Write the weights of a checkpoint: one safetensors file, or several and an index, in place of those it has.
 
     Which file holds what is settled by the parts' shapes alone. They are then made one at a time, in the order of the
@@ -251,6 +269,7 @@ def write(folder: Path, parts: Iterable[Part], *, shard_bytes: int = SHARD_BYTES
         folder: of the checkpoint.
         parts: each name once.
         shard_bytes: of tensors in a file; a larger tensor has one for itself.
+        metadata: what the header of each file says beside its tensors.
         resume: keep the files that an interrupted call with the same parts has finished, and make nothing of what is in
             them. The caller vouches that the parts are the same: only names, dtypes and shapes are compared.
 
@@ -264,11 +283,11 @@ def write(folder: Path, parts: Iterable[Part], *, shard_bytes: int = SHARD_BYTES
     several = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
     files = dict(zip(several if len(shards) > 1 else [WEIGHTS], shards, strict=True))
     for path in folder.glob("model*.safetensors*"):
-        if not (resume and path.name in files and _is_whole(path, files[path.name])):
+        if not (resume and path.name in files and _is_whole(path, files[path.name], metadata)):
             path.unlink()
     for name, shard in files.items():
         if not (folder / name).exists():
-            _write_file(folder / name, shard)
+            _write_file(folder / name, shard, metadata)
     if len(files) > 1:
         places = {part.name: name for name, shard in files.items() for part in shard}
         total = sum(part.nbytes for part in parts)
@@ -276,6 +295,11 @@ def write(folder: Path, parts: Iterable[Part], *, shard_bytes: int = SHARD_BYTES
         temporary = folder / (INDEX + ".tmp")
         temporary.write_text(json.dumps(contents, indent=1, sort_keys=True), encoding="utf-8")
         temporary.replace(folder / INDEX)
+
+
+def header(parts: Iterable[Part], metadata: Mapping[str, str] = METADATA) -> bytes:
+    """All of the one file that `write` would put parts into that comes before the tensors."""
+    return _head(_laid_out(list(parts)), metadata)
 
 
 def _planned(parts: list[Part], shard_bytes: int) -> list[list[Part]]:
@@ -295,9 +319,9 @@ def _laid_out(parts: list[Part]) -> list[Part]:
     return sorted(parts, key=lambda part: (_ORDER[part.dtype], part.name))
 
 
-def _head(shard: list[Part]) -> bytes:
-    """All of a file that comes before the tensors: the header's length in eight bytes, and JSON padded to eight."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _head(shard: list[Part], metadata: Mapping[str, str]) -> bytes:
+    """The header's length in eight bytes, and JSON padded to eight."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for part in shard:
         start, end = end, end + part.nbytes
@@ -307,17 +331,17 @@ def _head(shard: list[Part]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _is_whole(path: Path, shard: list[Part]) -> bool:
-    head = _head(shard)
+def _is_whole(path: Path, shard: list[Part], metadata: Mapping[str, str]) -> bool:
+    head = _head(shard, metadata)
     with path.open("rb") as stream:
         return path.stat().st_size == len(head) + sum(part.nbytes for part in shard) and stream.read(len(head)) == head
 
 
-def _write_file(path: Path, shard: list[Part]) -> None:
+def _write_file(path: Path, shard: list[Part], metadata: Mapping[str, str]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     # Writing is as much work as making: a thread writes some blocks while the next ones are read and computed.
     with temporary.open("wb") as stream, ThreadPoolExecutor(1) as writer:
-        stream.write(_head(shard))
+        stream.write(_head(shard, metadata))
         waiting: deque[Future[int]] = deque()
         for part in shard:
             for block in part.blocks():

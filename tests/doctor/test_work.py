@@ -62,6 +62,14 @@ def test_an_adapter_is_all_that_a_device_changes(tmp_path: Path) -> None:
     assert "materialise" not in adapted  # by default devices send whole models
 
 
+def test_what_is_packed_is_small_until_it_is_made_whole(tmp_path: Path) -> None:
+    """In int8, 66 bytes for 64 weights; the server unpacks them to float32."""
+    packed = by_phase(worked_out(extent(tmp_path, "device.codec={numbers: int8, delta: true}")))
+    parameters = packed["device"][0].shape.parameters  # pyright: ignore[reportOptionalMemberAccess]
+    assert packed["device"][0].disk == parameters * 66 / 64
+    assert packed["materialise"][0].disk == 4 * parameters
+
+
 def test_the_servers_budget_is_shared_as_the_recipe_says(tmp_path: Path) -> None:
     load = extent(tmp_path, "distill.shares={joint: 0.5, branch: 0.3, tune: 0.2}", "distill.budget_tokens=100_000",
                     "assemble.router=random")  # fmt: skip

@@ -1,12 +1,13 @@
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from deepfusion import memory, precision
-from deepfusion.artifacts import Checkpoint, Corpus, Upload
-from deepfusion.config import DevicePhase, LoRA
+from deepfusion import codecs, memory, precision
+from deepfusion.artifacts import RECORD, Checkpoint, Corpus, Upload
+from deepfusion.config import Codec, DevicePhase, LoRA
 from deepfusion.data.documents import write_jsonl
 from deepfusion.encoders import embed
 from deepfusion.errors import InputError
@@ -199,6 +200,33 @@ def test_an_adapter_is_sent_alone_or_merged(method: str, text: Corpus, wide: Che
     assert weights(whole.model) == weights(merged.model) != weights(wide.folder)
     assert (whole.bytes, whole.lineage, whole.work.tokens) == (alone.bytes, wide.lineage, 0)
     assert Upload.load(whole.folder) == whole
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_model_is_packed(method: str, text: Corpus, wide: Checkpoint, tmp_path: Path) -> None:
+    """A change by an adapter of rank 8 has that rank, so nothing is lost; one of all weights has not."""
+    codec = Codec(numbers="float32", delta=True, rank=8)
+    plain = train(text, wide, tmp_path / "plain", adapting(method))
+    upload = train(text, wide, tmp_path / "packed", adapting(method, codec=codec))
+    assert {path.name for path in upload.folder.iterdir() if not path.name.startswith(".")} == {"packed", "record.json"}
+    assert (upload.losses, upload.sends) == (plain.losses, "packed")
+    assert upload.packing is not None
+    assert upload.packing.codec == "float32 delta rank 8"
+    assert (upload.packing.lost < 1e-4) == (method == "lora")
+    assert upload.bytes == (upload.sent / codecs.FILE).stat().st_size + 64 < plain.bytes / 2
+    taken = receive([upload], {}, embedding_bytes=64, ancestors={"small": wide}, codec=codec,
+                    into=folder(tmp_path / "intake"))  # fmt: skip
+    assert taken.bytes == {"d-law": upload.bytes}
+    whole = materialise(upload, wide, None, codec=codec, into=folder(tmp_path / "whole"))
+    assert weights(whole.model).keys() == weights(plain.model).keys()
+
+
+def test_without_a_codec_keys_and_records_say_nothing_of_it(text: Corpus, ancestor: Checkpoint, tmp_path: Path) -> None:
+    """Steps of runs from before there were codecs are found again."""
+    assert "codec" not in CONFIG.model_dump(mode="json")
+    upload = train(text, ancestor, tmp_path)
+    assert "packing" not in json.loads((upload.folder / RECORD).read_text())
+    assert Upload.load(upload.folder).packing is None
 
 
 def test_an_adapters_size_and_work_by_hand(text: Corpus, wide: Checkpoint, tmp_path: Path) -> None:

@@ -57,9 +57,9 @@ class Extent:
 
     @property
     def sent(self) -> str:
-        """Precision of devices' models: the sum of a model and its adapter is kept in float32."""
+        """Precision of devices' models: sums of a model and its adapter, and what was packed, are kept in float32."""
         device = self.recipe.device
-        return device.training.dtype if device.method == "full" else "float32"
+        return device.training.dtype if device.method == "full" and device.codec is None else "float32"
 
     @property
     def kin(self) -> int:

@@ -81,10 +81,11 @@ def _devices(of: Extent) -> Iterator[Task]:
         replay = min(public, own * device.replay)
         tokens = device.epochs * (own + replay)
         task = _training(of, "device", start.shape, device.training, tokens, lessons=own + public)
-        yield task if device.method == "full" else _adapting(of, task, trained(start, of.recipe))
+        task = task if device.method == "full" else _adapting(of, task, trained(start, of.recipe))
+        yield _packing(of, task)
     largest = max((start.shape for start in of.by_device().values()), key=lambda shape: shape.parameters)
     yield Task("upload", 1, shape=largest)
-    if device.upload == "adapter":
+    if device.sends != "model":
         for start in of.by_device().values():
             yield Task("materialise", 1, shape=start.shape, disk=4 * start.shape.parameters)
     yield Task("cluster", 1)
@@ -275,9 +276,10 @@ def _federated(of: Extent, name: str) -> Iterator[Task]:
     task = _training(
         of, f"{short}_device", base, device.training, tokens, own + public, steps=rounds * devices, own=False
     )  # fmt: skip
-    yield task if device.method == "full" else _adapting(of, task, trained(of.base, recipe))
+    task = task if device.method == "full" else _adapting(of, task, trained(of.base, recipe))
+    yield _packing(of, task)
     whole = base.parameters * size_of(of.sent)
-    if device.upload == "adapter":
+    if device.sends != "model":
         yield Task(f"{short}_materialise", rounds * devices, shape=base, disk=whole, own=False)
     if name == "fedavg_dense":
         yield Task("fedavg_round", rounds, shape=base, disk=whole, own=False)
@@ -376,6 +378,16 @@ def _adapting(of: Extent, task: Task, adapter: int) -> Task:
         backward=task.tokens * (task.shape.active + 2 * adapter),
         disk=4 * sent,
     )
+
+
+def _packing(of: Extent, task: Task) -> Task:
+    """A device's training, and what it leaves to be sent: at most, without what rank and compression make of it."""
+    device = of.recipe.device
+    if device.codec is None:
+        return task
+    assert task.shape is not None
+    sent = task.adapter if device.upload == "adapter" else task.shape.parameters
+    return replace(task, disk=sent * device.codec.bytes_per_number)
 
 
 def _signals(of: Extent, tokens: float) -> float:

@@ -11,7 +11,7 @@ from deepfusion import figures
 from deepfusion.artifacts import Work
 from deepfusion.findings import RESULT, Compute, Findings, Traffic
 from deepfusion.labels import label, left_out
-from deepfusion.page.parts import Section, Table
+from deepfusion.page.parts import Section, Table, percent
 
 Totals = tuple[int, float, float, float, float]  # tokens; token-parameters: forward, backward, both, critical path
 PHASES = {
@@ -20,7 +20,7 @@ PHASES = {
     "take": "given models checked",
     "device": "devices' training",
     "upload": "uploads checked",
-    "materialise": "adapters added to their ancestors",
+    "materialise": "uploads made whole models",
     "cluster": "devices grouped",
     "proxy": "models averaged",
     "write": "devices' models answer and write",
@@ -57,11 +57,11 @@ PHASES = {
     "fedjets_tune": "best round's MoE tuned",
     "fedjets": "the better of the two found by held-out text",
     "fedavg_device": "devices' training of the base, in rounds",
-    "fedavg_materialise": "adapters added to the model of the round",
+    "fedavg_materialise": "uploads of a round made whole models",
     "fedavg_round": "models of a round averaged",
     "fedavg_dense": "best round found by held-out text",
     "btx_device": "devices' training of the base",
-    "btx_materialise": "adapters added to the base",
+    "btx_materialise": "uploads for a baseline made whole models",
     "btx_branch": "models of a cluster averaged",
     "btx_merge": "branches made into one MoE",
     "btx": "baseline trained",
@@ -126,23 +126,31 @@ def traffic(findings: Findings) -> Section | None:
             "ended, and what of it was there before the model was opened: libraries and text."
         )
     figure = Markup(figures.costs(up, devices, server))
+    listed = findings.devices()
+    packed = any(device.codec for device in listed)
+    heads = ["device", "model", "method", "sends", "weights", "trained", "sent", "peak memory", "before"]
     table = Table(
-        ["device", "model", "method", "sends", "weights", "trained", "sent", "peak memory", "before"],
+        [*heads, "lost, %"] if packed else heads,
         [
             [
                 device.device,
                 device.model_type,
                 device.method,
-                device.sends,
+                device.codec or device.sends,
                 f"{device.parameters:,}",
                 f"{device.trained_parameters:,}",
                 figures.size(device.bytes),
                 _measured(device.training_peak_bytes),
                 _measured(device.before_bytes),
+                *(["" if device.lost is None else percent(device.lost, 2)] if packed else []),
             ]
-            for device in findings.devices()
+            for device in listed
         ],
         texts=4,
+        caption="Lost: how far the model that the server unpacked is from the one that was trained, in per cent of how "
+        "far training took it from its ancestor (L2)."
+        if packed
+        else "",
     )
     tables = [table, _of_baselines(findings)] if findings.baselines else [table]
     return Section("traffic", "Communication and memory", [" ".join(text)], figures=[figure], tables=tables)

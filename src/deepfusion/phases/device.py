@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
-from deepfusion import adapters, checkpoints, memory
+from deepfusion import adapters, checkpoints, codecs, memory
 from deepfusion.artifacts import Checkpoint, Corpus, Upload, Work
 from deepfusion.config import PLAIN, DevicePhase, Runtime
 from deepfusion.data.batches import Schedule
@@ -25,7 +26,7 @@ from deepfusion.phases.upload import upload_bytes
 from deepfusion.precision import usable
 from deepfusion.training import Learner, fit
 
-HIDDEN = ".adapter"  # where an adapter is that is not sent: never part of an artifact
+ADAPTER, MODEL = ".adapter", ".model"  # where they are if they are not sent: never part of an artifact
 
 
 def train_device(
@@ -42,14 +43,16 @@ def train_device(
 ) -> Upload:
     """Train one device's model with the causal LM loss (Eq. 2 of arXiv 2602.14301) and embed its text.
 
-    Of the corpus, only `private/<device>.jsonl` and the public text are read. The upload is `model/`, or `adapter/`,
-    and e_n; no text. Where a device trains several times in a row, each `sitting` (0, 1, …) goes on in its text where
-    the last one ended. Its training's peak memory is noted in the folder, and is no part of the upload.
+    Of the corpus, only `private/<device>.jsonl` and the public text are read. The upload is `model/`, or `adapter/`, or
+    either of them `packed/`, and e_n; no text. Where a device trains several times in a row, each `sitting` (0, 1, …)
+    goes on in its text where the last one ended. Its training's peak memory is noted in the folder, and is no part of
+    the upload.
 
     Raises:
         InputError: an answer does not fit the context, there is no such encoder, or the method cannot train such a
             model: the fault of what all were given.
-        ValueError: the device has no text, or none with a word.
+        ValueError: the device has no text, or none with a word; or what it has trained is not finite and cannot be
+            packed.
     """
     adapts, saved = config.method != "full", getattr(torch, config.training.dtype)
     # Weights beside an adapter are frozen, and not what is saved.
@@ -70,14 +73,19 @@ def train_device(
     learner = Learner(model, build_objective(PLAIN, 0, 0, {}))
     done = fit(learner, schedule, config.training, seed=seed, into=into, runtime=runtime)
     memory.note(into, before)
-    sends = "adapter" if config.upload == "adapter" else "model"
+    adapter = into / (config.sends if config.sends == "adapter" else ADAPTER)
+    whole = into / (config.sends if config.sends == "model" else MODEL)
     if adapts:
-        adapter = into / (sends if sends == "adapter" else HIDDEN)
         adapters.save(model, ancestor.folder, config.lora, adapter)
-        if sends == "model":
-            adapters.merge(ancestor.folder, adapter, config.lora, into=into / "model")
+        if config.upload == "merged":
+            adapters.merge(ancestor.folder, adapter, config.lora, into=whole)
     else:
-        checkpoints.save_model(model.to(saved), tokenizer.raw, into / "model")
+        checkpoints.save_model(model.to(saved), tokenizer.raw, whole)
+    packing = None
+    if config.codec is not None:
+        made, lora = (adapter, config.lora) if config.upload == "adapter" else (whole, None)
+        packing = codecs.pack(made, ancestor.folder, config.codec, lora, into=into / config.sends)
+        shutil.rmtree(made)
     texts = [document.text for document in private]
     embedding = embed(config.encoder, texts, config.embedding_bytes, PROJECTION_SEED)
     active = kind.matrix_parameters(model.config)
@@ -92,11 +100,12 @@ def train_device(
         active_parameters=active,
         tokens=text.own_tokens,
         embedding=embedding.hex(),
-        bytes=upload_bytes(into / sends, embedding),
+        bytes=upload_bytes(into / config.sends, embedding),
         losses=done.losses,
         method=config.method,
         trained_parameters=trained,
-        sends=sends,
+        sends=config.sends,
+        packing=packing,
         work=_work(done.tokens, active, trained if adapts else 0),
     ).sealed()
 

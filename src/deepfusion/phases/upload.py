@@ -1,20 +1,23 @@
 """The server's door: uploads are checked before anything reads them, and bytes counted (Eq. 5 of arXiv 2602.14301).
 
-A broken, repeated or missing upload is left out by name; it never stops the others. An accepted adapter is added to its
-ancestor's weights, once, so that all that follows deals with whole models.
+A broken, repeated or missing upload is left out by name; it never stops the others. What is accepted is unpacked, and
+an adapter added to its ancestor's weights, once, so that all that follows deals with whole models.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from deepfusion import adapters, checkpoints
+from deepfusion import adapters, checkpoints, codecs
 from deepfusion.artifacts import Checkpoint, Intake, Rejection, Upload, Work
-from deepfusion.config import LoRA
+from deepfusion.config import Codec, LoRA
 from deepfusion.encoders import decode
 from deepfusion.progress import Ticker
+
+SCRATCH = ".unpacked"  # for what is unpacked on the way: never part of an artifact
 
 
 def receive(
@@ -24,6 +27,7 @@ def receive(
     embedding_bytes: int,
     ancestors: Mapping[str, Checkpoint] | None = None,
     lora: LoRA | None = None,
+    codec: Codec | None = None,
     into: Path,
 ) -> Intake:
     """Accept what is whole, reject the rest with reasons.
@@ -33,8 +37,10 @@ def receive(
             of them is the device's own.
         failures: Device → why its upload never arrived.
         embedding_bytes: The length of e_n that the recipe asks for (`device.embedding_bytes`).
-        ancestors: The recipe's name of each model that devices start from → the model; adapters need theirs.
+        ancestors: The recipe's name of each model that devices start from → the model; adapters, and what is packed,
+            need theirs.
         lora: The adapters that the recipe asks for; none: it asks for whole models.
+        codec: How the recipe asks for them to be packed; none: not at all.
         into: The step's folder.
 
     Raises:
@@ -43,15 +49,14 @@ def receive(
     arrivals = Counter(upload.device for upload in uploads)
     rejected = {device: f"device {device} never arrived: {failures[device]}" for device in sorted(failures)}
     accepted: dict[str, int] = {}
+    door = _Door(embedding_bytes, ancestors or {}, lora, codec, into / SCRATCH, {})
     ticker = Ticker(into, len(uploads), "uploads")
     for upload in uploads:
         if upload.device not in rejected:
             try:
-                accepted[upload.device] = _inspect(
-                    upload, arrivals[upload.device], embedding_bytes, (ancestors or {}).get(upload.ancestor), lora
-                )
+                accepted[upload.device] = door.inspect(upload, arrivals[upload.device])
             except (ValueError, OSError) as fault:
-                rejected[upload.device] = _reason(upload, fault)
+                rejected[upload.device] = _reason(upload, fault, into / SCRATCH)
         ticker.advance(1)
     rejections = tuple(Rejection(device=device, reason=reason) for device, reason in rejected.items())
     if not accepted:
@@ -60,17 +65,33 @@ def receive(
     return Intake(folder=into, accepted=tuple(accepted), rejected=rejections, bytes=accepted).sealed()
 
 
-def materialise(upload: Upload, ancestor: Checkpoint, lora: LoRA, *, into: Path, resume: bool = False) -> Upload:
-    """An accepted adapter as the whole model that it stands for, in float32; memory holds the adapter and a block.
+def materialise(
+    upload: Upload,
+    ancestor: Checkpoint,
+    lora: LoRA | None,
+    *,
+    codec: Codec | None = None,
+    into: Path,
+    resume: bool = False,
+) -> Upload:
+    """An accepted adapter, or packed upload, as the whole model that it stands for, in float32.
+
+    Memory holds a few blocks, and the adapter if it is one.
 
     Args:
-        upload: with `adapter/`, and accepted.
+        upload: with `adapter/` or `packed/`, and accepted.
         ancestor: what it was trained on.
-        lora: its settings.
+        lora: an adapter's settings.
+        codec: how it is packed, if it is.
         into: the step's folder; `model/` in it becomes the model.
         resume: go on from what an interrupted attempt with the same arguments left in `into`.
     """
-    adapters.merge(ancestor.folder, upload.sent, lora, into=into / "model", resume=resume)
+    model = into / "model"
+    if codec is not None:
+        codecs.unpack(upload.sent, ancestor.folder, codec, lora, into=model, scratch=into / SCRATCH, resume=resume)
+    else:
+        assert lora is not None
+        adapters.merge(ancestor.folder, upload.sent, lora, into=model, resume=resume)
     return upload.model_copy(update={"folder": into, "work": Work()}).sealed()
 
 
@@ -83,45 +104,69 @@ def upload_bytes(sent: Path, embedding: bytes) -> int:
     return sum(path.stat().st_size for path in _files(sent)) + len(embedding)
 
 
-def _inspect(
-    upload: Upload, arrivals: int, embedding_bytes: int, ancestor: Checkpoint | None, lora: LoRA | None
-) -> int:
-    """The bytes of a faultless upload.
+@dataclass(frozen=True)
+class _Door:
+    """What uploads are held against."""
 
-    Raises:
-        ValueError: what is wrong with it.
-    """
-    if upload.device in {"", ".."} or PurePath(upload.device).name != upload.device:
-        raise ValueError("its name is not usable as a file name")
-    if arrivals > 1:
-        raise ValueError(f"{arrivals} uploads carry this name, so none of them is taken: device names must differ")
-    decode(upload.embedding)
-    embedding = bytes.fromhex(upload.embedding)
-    if len(embedding) != embedding_bytes:
-        raise ValueError(f"its embedding has {len(embedding)} bytes instead of {embedding_bytes}")
-    # Links are refused before anything is opened: a model file must not lead to the server's own files.
-    size = upload_bytes(upload.sent, embedding)
-    if (upload.sends == "adapter") != (lora is not None):
-        raise ValueError(f"it sends its {upload.sends} alone, which is not what device.upload asks for")
-    if lora is not None:
-        _inspect_adapter(upload, ancestor, lora)
-    else:
-        checkpoints.validate(upload.model)
-        if (found := checkpoints.open_config(upload.model).model_type) != upload.model_type:
-            raise ValueError(f"it declares a {upload.model_type} model but holds a {found} model")
-    if size != upload.bytes:
-        raise ValueError(f"it declares {upload.bytes} bytes but holds {size}")
-    return size
+    embedding_bytes: int
+    ancestors: Mapping[str, Checkpoint]
+    lora: LoRA | None
+    codec: Codec | None
+    scratch: Path
+    contents: dict[str, codecs.Contents]  # of packed uploads, by the ancestor's name, once they are known
 
+    def inspect(self, upload: Upload, arrivals: int) -> int:
+        """The bytes of a faultless upload.
 
-def _inspect_adapter(upload: Upload, ancestor: Checkpoint | None, lora: LoRA) -> None:
-    """See whether an adapter can be added to its ancestor, which is ours: what the device says of it must be true."""
-    if ancestor is None or upload.lineage != ancestor.lineage:
-        raise ValueError(f"its adapter is for {upload.ancestor} ({upload.lineage}), from which no device here starts")
-    for fact in ("model_type", "parameters", "active_parameters"):
-        if (said := getattr(upload, fact)) != (known := getattr(ancestor, fact)):
-            raise ValueError(f"it declares {fact} {said}, but {upload.ancestor} has {known}")
-    adapters.validate(upload.sent, ancestor.folder, lora)
+        Raises:
+            ValueError: what is wrong with it.
+        """
+        if upload.device in {"", ".."} or PurePath(upload.device).name != upload.device:
+            raise ValueError("its name is not usable as a file name")
+        if arrivals > 1:
+            raise ValueError(f"{arrivals} uploads carry this name, so none of them is taken: device names must differ")
+        decode(upload.embedding)
+        embedding = bytes.fromhex(upload.embedding)
+        if len(embedding) != self.embedding_bytes:
+            raise ValueError(f"its embedding has {len(embedding)} bytes instead of {self.embedding_bytes}")
+        # Links are refused before anything is opened: a model file must not lead to the server's own files.
+        size = upload_bytes(upload.sent, embedding)
+        if upload.sends != ("packed" if self.codec else "adapter" if self.lora else "model"):
+            asks = "device.upload asks" if self.codec is None and upload.sends != "packed" else "device.codec asks"
+            raise ValueError(f"it sends its {upload.sends} alone, which is not what {asks} for")
+        if self.codec is not None:
+            self._inspect_packed(upload, self.codec)
+        elif self.lora is not None:
+            adapters.validate(upload.sent, self._ancestor(upload).folder, self.lora)
+        else:
+            checkpoints.validate(upload.model)
+            if (found := checkpoints.open_config(upload.model).model_type) != upload.model_type:
+                raise ValueError(f"it declares a {upload.model_type} model but holds a {found} model")
+        if size != upload.bytes:
+            raise ValueError(f"it declares {upload.bytes} bytes but holds {size}")
+        return size
+
+    def _ancestor(self, upload: Upload) -> Checkpoint:
+        """What an adapter or packed upload starts from, which is ours: what the device says of it must be true."""
+        ancestor = self.ancestors.get(upload.ancestor)
+        if ancestor is None or upload.lineage != ancestor.lineage:
+            what = "adapter" if upload.sends == "adapter" else "upload"
+            named = f"{upload.ancestor} ({upload.lineage})"
+            raise ValueError(f"its {what} is for {named}, from which no device here starts")
+        for fact in ("model_type", "parameters", "active_parameters"):
+            if (said := getattr(upload, fact)) != (known := getattr(ancestor, fact)):
+                raise ValueError(f"it declares {fact} {said}, but {upload.ancestor} has {known}")
+        return ancestor
+
+    def _inspect_packed(self, upload: Upload, codec: Codec) -> None:
+        ancestor = self._ancestor(upload)
+        if upload.packing is None or upload.packing.codec != codec.label:
+            said = "no codec" if upload.packing is None else f"codec {upload.packing.codec}"
+            raise ValueError(f"it declares {said}, but device.codec is {codec.label}")
+        if upload.ancestor not in self.contents:
+            self.contents[upload.ancestor] = codecs.Contents.of(ancestor.folder, codec, self.lora)
+        contents = self.contents[upload.ancestor]
+        codecs.check(upload.sent, contents, ancestor.folder, self.lora, scratch=self.scratch)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -139,7 +184,9 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
-def _reason(upload: Upload, fault: Exception) -> str:
+def _reason(upload: Upload, fault: Exception, scratch: Path) -> str:
     """One line that names the device and no folder of this machine: reasons are part of the result."""
-    text = " ".join(str(fault).split()).replace(str(upload.sent), f"its {upload.sends}")
+    text = " ".join(str(fault).split())
+    for folder in (upload.sent, scratch):
+        text = text.replace(str(folder), f"its {upload.sends}")
     return f"device {upload.device}: {text}"
