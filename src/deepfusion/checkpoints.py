@@ -172,7 +172,9 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         with quiet():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare exceptions over broken files
-        raise ValueError(f"{folder} has no usable tokenizer: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"{folder} has no usable tokenizer (tokenizer.json, tokenizer_config.json): {' '.join(str(error).split())}"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {folder} has no end token (eos_token in tokenizer_config.json)")
     return tokenizer

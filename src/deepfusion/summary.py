@@ -139,6 +139,8 @@ def metrics(rows: Iterable[ResultRow]) -> Table:
 def _systems(rows: Sequence[Mapping[str, Any]], title: str, spent: Mapping[str, float]) -> Table:
     """Every system over all domains; of several items (devices, clusters) the mean and the best."""
     names = [name for name in METRICS if any(row["metric"] == name for row in rows)]
+    if "judge_score" in names:  # one column more than a terminal has room for
+        names.remove("answer_nats_per_byte")
     heads = [*(METRICS[name] for name in names), *(["server compute"] if spent else [])]
     table = Table(Column(title, no_wrap=True), *map(_number, heads), box=None)
     for system, several in _grouped(table, rows):

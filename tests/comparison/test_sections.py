@@ -48,7 +48,7 @@ def test_the_summary_says_what_is_certain() -> None:
     assert other.startswith("By log-perplexity on ")
     assert lead == "2 variants of the recipe with 3 seeds (0, 1 and 2), 6 runs."
     assert "significantly ahead of distillation (dense) (N = 2) and distillation (dense) (N = 4)" in verdict
-    assert "neither ahead of nor behind Branch-Train-MiX (N = 2)" in verdict
+    assert "not certainly ahead of or behind Branch-Train-MiX (N = 2)" in verdict
     swapped = VALUES | {"dense_kd": VALUES["deepfusion"], "deepfusion": VALUES["dense_kd"]}
     assert "significantly behind distillation (dense) (N = 2)" in summary(study(**swapped))[1]
 

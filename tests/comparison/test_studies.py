@@ -17,7 +17,7 @@ def test_every_embedded_study_can_be_run(name: str) -> None:
     plan = Plan(study.recipe, study.settings, study.grid([]), seeds(study.seeds))
     assert plan.check()
     assert len(plan.variants) > 1
-    with pytest.raises(InputError, match="neither a file nor an embedded recipe"):
+    with pytest.raises(InputError, match=f"is a study and no recipe: deepfusion compare {name}"):
         locate(name)  # no recipe has its name
 
 

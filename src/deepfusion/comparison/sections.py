@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from markupsafe import Markup
 
 from deepfusion import figures
-from deepfusion.comparison.statistics import Estimate, Paired
-from deepfusion.comparison.study import ALPHA, TRAINED_FOR, Question, Study
+from deepfusion.comparison.statistics import FEWEST, Estimate, Paired
+from deepfusion.comparison.study import TRAINED_FOR, Question, Study
 from deepfusion.findings import CEILING, RESULT
 from deepfusion.labels import KINDS, METRICS, QUESTIONS, SUBSETS, counted, joined, kind, label
 from deepfusion.metrics import Subset
@@ -32,6 +32,8 @@ def summary(study: Study) -> list[str]:
     told = [lead[0].upper() + lead[1:]]
     if len(study.seeds) < 2:
         told.append("One seed has no interval, and shows nothing beyond itself.")
+    elif len(study.seeds) < FEWEST:
+        told.append("Two seeds are too few to call anything significant: intervals are wide, and p says little.")
     if study.entries:
         subset = study.questions()[0].subset
         told += [
@@ -55,14 +57,14 @@ def _verdict(study: Study, question: Question) -> list[str]:
                 continue
             name = label(system) + (f" ({variant})" if len(study.variants) > 1 else "")
             better = (found.mean < 0) == question.lower
-            (open_ if found.p >= ALPHA else ahead if better else behind).append(name)
-    what = f"By {METRICS[question.metric]} on {_asked(question)}, DeepFusion is significantly "
+            (open_ if not found.significant else ahead if better else behind).append(name)
+    what = f"By {METRICS[question.metric]} on {_asked(question)}, DeepFusion is "
     parts = [
         part
         for part, names in (
-            (f"ahead of {joined(ahead)}", ahead),
-            (f"behind {joined(behind)}", behind),
-            (f"neither ahead of nor behind {joined(open_)}", open_),
+            (f"significantly ahead of {joined(ahead)}", ahead),
+            (f"significantly behind {joined(behind)}", behind),
+            (f"not certainly ahead of or behind {joined(open_)}", open_),
         )
         if names
     ]
@@ -118,7 +120,8 @@ def _differences(study: Study, subset: Subset) -> Section | None:
     tables = [differences(study, question) for question in study.questions() if question.subset == subset]
     text = (
         "DeepFusion minus each system on the same seeds: the mean difference, half of its 95 % interval, and the p of "
-        "the paired t-test in brackets (two-sided, uncorrected). † where p < .05."
+        "the paired t-test in brackets (two-sided, uncorrected); none where the difference is the same on every seed. "
+        f"† where p < .05 over {FEWEST} seeds or more."
     )
     return Section(f"differences-{subset}", f"Differences: {SUBSETS[subset]}", [text], tables=tables)
 
@@ -131,7 +134,7 @@ def differences(study: Study, question: Question) -> Table:
         (row, column)
         for row, line in enumerate(found)
         for column, one in enumerate(line, 1)
-        if one is not None and one.p is not None and one.p < ALPHA
+        if one is not None and one.significant
     }
     return Table(
         heads=[_metric(question), *_columns(study)],

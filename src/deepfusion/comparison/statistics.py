@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 LEVEL = 0.95
+ALPHA = 0.05
+FEWEST = 3  # seeds, below which nothing is called significant
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,11 @@ class Paired(Estimate):
     """A mean difference between two systems on the same seeds."""
 
     p: float | None  # two-sided, of no difference (paired t-test); none of one seed
+
+    @property
+    def significant(self) -> bool:
+        """Whether there is a difference beyond doubt: p below .05 over three seeds or more."""
+        return self.p is not None and self.p < ALPHA and self.count >= FEWEST
 
 
 def estimate(values: Sequence[float]) -> Estimate:

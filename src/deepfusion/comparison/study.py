@@ -13,7 +13,6 @@ from deepfusion.findings import CEILING, RESULT, relative
 from deepfusion.labels import BASELINES, BOUNDS, CONTROLS, METRICS
 from deepfusion.metrics import Subset
 
-ALPHA = 0.05
 ORDER: tuple[Subset, ...] = ("private_only", "all", "public")
 ROWS = ("base", "device", *CONTROLS, *BASELINES, RESULT, *BOUNDS)
 """Systems that stand in tables, in this order; the stages in between are in the files of values."""
@@ -128,7 +127,7 @@ class Study:
     @staticmethod
     def _ahead(difference: Paired, question: Question) -> bool:
         """Whether a difference is significant, and for the better."""
-        return difference.p is not None and difference.p < ALPHA and (difference.mean < 0) == question.lower
+        return difference.significant and (difference.mean < 0) == question.lower
 
     def gap_closed(self, variant: str, question: Question) -> Estimate | None:
         """The share of the way from the base to centralised training, over seeds."""

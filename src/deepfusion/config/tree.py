@@ -34,6 +34,8 @@ def locate(name: str | Path) -> tuple[Path, Path]:
         return path, path.parent
     embedded = {file.stem: file for file in map(Path, map(str, (files("deepfusion") / "recipes").iterdir()))}
     if str(name) not in embedded:
+        if (Path(str(files("deepfusion") / "studies")) / f"{name}.yaml").is_file():
+            raise InputError(f"{str(name)!r} is a study and no recipe: deepfusion compare {name}")
         known = ", ".join(sorted(embedded))
         raise InputError(f"recipe {str(name)!r} is neither a file nor an embedded recipe (embedded: {known})")
     return embedded[str(name)], Path("recipes")

@@ -25,10 +25,13 @@ from deepfusion.doctor.timing import Rates
 from deepfusion.doctor.work import Task, size_of, worked_out
 from deepfusion.inputs import missing
 from deepfusion.judging import check
+from deepfusion.labels import counted
 
 __all__ = ["Check", "Cost", "Diagnosis", "Machine", "examine"]
 
 FEW_STEPS = 20  # of the optimiser, below which a training does next to nothing
+MEND_TEXT = "mend the file: docs/data.md says what a row must hold"
+MEND_MODEL = "fetch or convert the folder again, or choose another: docs/models.md says what it must hold"
 SAVED = 3  # times its weights that a training saves to go on from: they, and two averages of their gradients
 
 
@@ -74,7 +77,7 @@ def _inputs(recipe: Recipe, scratch: Path) -> tuple[list[Check], list[Task]]:
             reading = text.read(recipe, scratch)
             found += text.checks(reading, recipe)
         except ValueError as error:
-            found.append(Check("text", "data", "problem", str(error)))
+            found.append(Check("text", "data", "problem", str(error), MEND_TEXT))
     starts: dict[str, Start] = {}
     words = [d.text for d in (*reading.public, *reading.questions)] if reading else []
     known: dict[int, Tokenizer] = {}
@@ -88,7 +91,7 @@ def _inputs(recipe: Recipe, scratch: Path) -> tuple[list[Check], list[Task]]:
                 else models.given(key, Path(str(source.path)))
             )
         except ValueError as error:
-            found.append(Check("models", key, "problem", str(error)))
+            found.append(Check("models", key, "problem", str(error), MEND_MODEL))
             continue
         starts[key] = start
         found += models.about(start)
@@ -144,7 +147,8 @@ def _trainings(tasks: Sequence[Task]) -> Iterator[Check]:
             what = "device.epochs" if task.phase == "device" else "distill.budget_tokens"
             yield Check(
                 "training", task.phase, "warning",
-                f"takes {steps:.0f} steps of {training.rows} rows of {training.context} tokens: too few to learn much",
+                f"takes {counted(round(steps), 'step')} of {training.rows} rows of {training.context} tokens: too few "
+                "to learn much",
                 f"raise {what}, or lower {'device' if task.phase == 'device' else 'distill'}.training.rows",
             )  # fmt: skip
 
