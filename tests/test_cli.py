@@ -350,10 +350,11 @@ def test_fleet(invoke: Invoke, tmp_path: Path) -> None:
     asked = ("fleet", "--models", "gpt2,mine", "--moe", "qwen1.5-moe-a2.7b", "--devices", "16", "--rounds", "2")
     result = invoke(*asked)
     assert result.exit_code == 0, result.output
-    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
-    assert "gpt2 124 M 9.44 M 287 MB 2.54 GB" in lines
-    assert "FedJETS: qwen1.5-moe-a2.7b, 4 of 60 experts 2.69 G 2.69 G 2.41 GB 2.41 GB 23.7 GB" in lines
-    assert lines[-1].startswith("assumed: method qlora, rank 64, ")
+    text = " ".join(result.stdout.split())  # whatever the width, by which a long name is folded
+    assert "gpt2 124 M 9.44 M 287 MB 2.54 GB" in text
+    assert "FedJETS: qwen1.5-moe-a2.7b, 4 of 60 " in text
+    assert " 2.69 G 2.69 G 2.41 GB 2.41 GB 23.7 GB" in text
+    assert "assumed: method qlora, rank 64, " in text
     told = json.loads(invoke(*asked, "--json").stdout)
     [plan] = told["plans"]
     assert [member["name"] for member in plan["members"]] == ["gpt2", "mine"]
