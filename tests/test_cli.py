@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from deepfusion import cli, doctor, pipeline
 from deepfusion.artifacts import Report
+from deepfusion.cli.app import STDERR, STDOUT
 from deepfusion.config import Recipe, Runtime
 from deepfusion.doctor.diagnosis import Check, Cost, Diagnosis, Machine
 from deepfusion.planner import PlannedStep
@@ -64,7 +65,9 @@ Called = tuple[Recipe, Path, Runtime]
 @pytest.fixture
 def invoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Invoke:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
+    # Not COLUMNS, which counts from the start where it is set before the import, and else at each print.
+    monkeypatch.setattr(STDOUT, "_width", 200)
+    monkeypatch.setattr(STDERR, "_width", 200)
     monkeypatch.setenv(cli.DEBUG, "0")
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     return lambda *arguments: CliRunner().invoke(cli.app, arguments)
@@ -364,7 +367,7 @@ def test_fleet(invoke: Invoke, tmp_path: Path) -> None:
 
 
 def test_fleet_beside_the_paper(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(STDOUT, "_width", 80)
     result = invoke("fleet", "--paper", "--rank", "8")
     assert max(map(len, result.stdout.splitlines())) <= 80
     assert "…" not in result.stdout
