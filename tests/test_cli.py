@@ -73,6 +73,14 @@ def invoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Invoke:
     return lambda *arguments: CliRunner().invoke(cli.app, arguments)
 
 
+def one_line_and_2(result: Result, message: str) -> None:
+    """Hold what a command told of a user's mistake against how it must."""
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"deepfusion: error: {message}")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Called]:
     """A pipeline that only writes down what it was asked."""
@@ -142,11 +150,7 @@ def test_demo_is_the_embedded_recipe(invoke: Invoke, calls: list[Called]) -> Non
     ],
 )
 def test_the_users_mistakes_are_one_line_and_2(invoke: Invoke, arguments: list[str], message: str) -> None:
-    result = invoke("run", *arguments)
-    assert result.exit_code == 2
-    assert result.stderr.startswith(f"deepfusion: error: {message}")
-    assert result.stderr.count("\n") == 1
-    assert result.stdout == ""
+    one_line_and_2(invoke("run", *arguments), message)
 
 
 @pytest.mark.parametrize(
@@ -394,8 +398,4 @@ def test_fleet_beside_the_paper(invoke: Invoke, monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_mistakes_about_a_fleet_are_one_line_and_2(invoke: Invoke, arguments: list[str], message: str) -> None:
-    result = invoke("fleet", *arguments)
-    assert result.exit_code == 2
-    assert result.stderr.startswith(f"deepfusion: error: {message}")
-    assert result.stderr.count("\n") == 1
-    assert result.stdout == ""
+    one_line_and_2(invoke("fleet", *arguments), message)

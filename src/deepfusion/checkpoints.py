@@ -201,15 +201,16 @@ def copy_description(source: Path, target: Path) -> None:
 
 
 def write_descendant(ancestor: Path, parts: Iterable[Part], *, into: Path, resume: bool = False) -> None:
-    """Write a checkpoint of weights in float32, with config and tokenizer of the one whose descendant it is.
+    """Write a checkpoint, with config and tokenizer of the one whose descendant it is, but its own dtype: the widest.
 
     With `resume`, what an interrupted call with the same arguments has finished is kept.
     """
+    parts = list(parts)
     into.mkdir(parents=True, exist_ok=True)
     write(into, parts, resume=resume)
     copy_description(ancestor, into)
     config = open_config(ancestor)
-    config.dtype = torch.float32
+    config.dtype = max((part.dtype for part in parts if part.dtype.is_floating_point), key=lambda dtype: dtype.itemsize)
     config.save_pretrained(into)
 
 

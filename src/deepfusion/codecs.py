@@ -32,7 +32,7 @@ from deepfusion import adapters, quantisation
 from deepfusion.artifacts import Packing
 from deepfusion.checkpoints import named_as, trained_shapes, write_descendant
 from deepfusion.config import Codec, LoRA
-from deepfusion.config.phases import RUN
+from deepfusion.config.device import RUN
 from deepfusion.weights import WEIGHTS, Part, Shape, Stored, blocks, digest, header, stored, stored_in, write
 
 FILE = "weights.safetensors.zst"
@@ -300,11 +300,11 @@ def pack(made: Path, ancestor: Path, codec: Codec, lora: LoRA | None = None, *, 
     with (flat / WEIGHTS).open("rb") as source, (into / FILE).open("wb") as sink:
         size = (flat / WEIGHTS).stat().st_size
         zstandard.ZstdCompressor(level=LEVEL, write_checksum=True).copy_stream(source, sink, size=size)
-    restored = contents.parts(stored(flat), less or None)
     if lora is None:
+        restored = contents.parts(stored(flat), less or None)
         packing = _missed(codec, restored, _streams(trained), _streams(before))
     else:
-        adapters.write({part.name: torch.cat(list(part.blocks())) for part in restored}, ancestor, lora, flat)
+        _write_adapter(contents, stored(flat), ancestor, lora, flat)
         whole = {part.name: part.blocks for part in adapters.merged(ancestor, made, lora)}
         packing = _missed(codec, adapters.merged(ancestor, flat, lora), whole, _streams(stored(ancestor)))
     shutil.rmtree(flat)

@@ -160,21 +160,22 @@ def _compute(
         Compute("deepfusion", "tune", tuned),
     ]
     for name, student in students.items():
+        earlier = [
+            Compute(name, part, sum((m.work for m in made), Work())) for part, made in before.get(name, {}).items()
+        ]
         if name in CONTROLS or name in ("btx", "ofa_kd", "fedmkt"):
             parts.append(Compute(name, "write", transfer.work))
             if name in ("dense_kd", "ofa_kd"):
                 parts.append(Compute(name, "consult", asked))
             if name == "dense_kd":
                 parts.append(Compute(name, "shift", shifting))
-            for part, made in before.get(name, {}).items():
-                parts.append(Compute(name, part, sum((one.work for one in made), Work())))
+            parts += earlier
             if shares.tune or name not in ("ofa_kd", "fedmkt"):  # then its MoE is the merged one
                 parts.append(Compute(name, "train", student.work))
         elif name == "centralized":
             parts.append(Compute(name, "train", student.work))
         elif name == "fedjets":  # the round that was best may be one that the server did not train
-            for part, made in before.get(name, {}).items():
-                parts.append(Compute(name, part, sum((one.work for one in made), Work())))
+            parts += earlier
     return [part for part in parts if part.work.token_parameters]
 
 

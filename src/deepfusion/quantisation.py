@@ -16,7 +16,7 @@ import torch
 from jaxtyping import BFloat16, Float, Shaped
 from torch import Tensor
 
-from deepfusion.config.phases import RUN
+from deepfusion.config.device import RUN
 
 Integers = Literal["int8", "nf4"]
 STEPS = 127  # of int8, on either side of zero

@@ -155,7 +155,7 @@ def test_of_other_shapes(tmp_path: Path) -> None:
 
 def test_it_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, fuse = pico_checkpoint("llama", tmp_path / "base"), Fuse(2**14)
-    monkeypatch.setattr("deepfusion.phases.task_vectors.write", fuse.write)
+    monkeypatch.setattr("deepfusion.checkpoints.write", fuse.write)
     one = proxy(base, tmp_path / "p", 1)
     whole = add_task_vectors(base, [one], 0.5, into=folder(tmp_path / "whole"))
     tensors, fuse.lasts = len(fuse.made), 10

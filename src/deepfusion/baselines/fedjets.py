@@ -26,7 +26,6 @@ from transformers import PreTrainedConfig
 from deepfusion import checkpoints, memory
 from deepfusion.artifacts import Checkpoint, Client, Corpus, Round, TransferSet, Work
 from deepfusion.config import PLAIN, DevicePhase, Runtime, TunePhase
-from deepfusion.data.batches import Schedule
 from deepfusion.data.documents import Document, read_jsonl
 from deepfusion.data.tokens import Tokenizer
 from deepfusion.encoders import PROJECTION_SEED, embed
@@ -95,9 +94,7 @@ def train_client(
     tokenizer = Tokenizer(checkpoints.open_tokenizer(compact))
     owner = chosen.index(cluster) if anchor else -1
     text = device_text(private, corpus, tokenizer, training, model.config, seed=seed, cluster=owner)
-    schedule = Schedule(
-        text.lessons, text.tokens, training.training, packs=kind.packs, seed=seed, after=sitting * text.tokens
-    )
+    schedule = text.schedule(training.training, packs=kind.packs, seed=seed, sitting=sitting)
     learner = Learner(model, build_objective(PLAIN, 0, 0, {}), ownership=gate_weight if anchor else 0.0)
     done = fit(learner, schedule, training.training, seed=seed, into=into, runtime=runtime)
     memory.note(into, before)

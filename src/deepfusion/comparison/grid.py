@@ -47,12 +47,12 @@ def variants(vary: Sequence[str], named: Mapping[str, Mapping[str, Any]] | None 
     """
     axes: list[list[Variant]] = []
     if named:
-        axes.append([Variant(name, tuple(_setting(*one) for one in keys.items())) for name, keys in named.items()])
+        axes.append([Variant(name, tuple(setting_of(*one) for one in keys.items())) for name, keys in named.items()])
     told = [_values(setting) for setting in vary]
     _refuse_twice([{key for keys in (named or {}).values() for key in keys}, *({key} for key, _ in told)])
     labels = _labels([key for key, _ in told])
     for key, values in told:
-        axes.append([Variant(_named(labels[key], value), (_setting(key, value),)) for value in values])
+        axes.append([Variant(_named(labels[key], value), (setting_of(key, value),)) for value in values])
     found = [
         Variant(", ".join(one.name for one in combination), tuple(s for one in combination for s in one.settings))
         for combination in product(*axes)
@@ -64,7 +64,8 @@ def variants(vary: Sequence[str], named: Mapping[str, Mapping[str, Any]] | None 
     return found
 
 
-def _setting(key: str, value: Any) -> str:
+def setting_of(key: str, value: Any) -> str:
+    """`key=value`, the value as YAML reads it back."""
     return f"{key}={json.dumps(value)}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, cast
 
 from pydantic import Field, ValidationError, field_validator
 
-from deepfusion.comparison.grid import Variant, key_of, seeds, variants
+from deepfusion.comparison.grid import Variant, key_of, seeds, setting_of, variants
 from deepfusion.config import Reference, Section
 from deepfusion.config.faults import explain
 from deepfusion.config.tree import override, read, resolve_paths
@@ -53,7 +52,7 @@ class StudyFile(Section):
     def settings(self) -> list[str]:
         """What is set in all runs, as `key=value`."""
         wanted = {} if self.systems is None else {"evaluate.references": self.systems}
-        return [f"{key}={json.dumps(value)}" for key, value in {**self.set, **wanted}.items()]
+        return [setting_of(key, value) for key, value in {**self.set, **wanted}.items()]
 
     def grid(self, more: list[str]) -> list[Variant]:
         """All variants, crossed with further values (`key=[value, value]`), which stand in place of the file's own.
@@ -62,7 +61,7 @@ class StudyFile(Section):
             InputError: see `grid.variants`.
         """
         said = {key_of(setting) for setting in more}
-        own = [f"{key}={json.dumps(values)}" for key, values in self.vary.items() if key not in said]
+        own = [setting_of(key, values) for key, values in self.vary.items() if key not in said]
         return variants([*own, *more], self.variants)
 
 
@@ -104,7 +103,7 @@ def _placed(study: StudyFile, folder: Path) -> StudyFile:
 
     def placed(key: str, value: Any) -> Any:
         node: Any = {}
-        override(node, f"{key}={json.dumps(value)}")
+        override(node, setting_of(key, value))
         resolve_paths(node, folder)
         for part in key.split("."):
             node = node[part]

@@ -2,12 +2,13 @@
 speed.
 
 A recipe is a YAML file. Unknown keys are refused by name; defaults are what measured best (`docs/decisions.md` says
-where). `data`, `models` and `phases` hold the sections, `recipe` the whole and its checks, `tree` reads files and
-`--set`, `faults` words what is wrong with them.
+where). `data`, `models`, `device`, `phases`, `baselines` and `judge` hold the sections, `recipe` the whole and its
+checks, `tree` reads files and `--set`, `faults` words what is wrong with them.
 """
 
 from deepfusion.config.baselines import Baselines, FedAvg, FedJETS, FedMKT
 from deepfusion.config.data import Data, FileData, MadeOptions, Partition, SyntheticData, TextSource
+from deepfusion.config.device import Codec, DevicePhase, LoRA
 from deepfusion.config.judge import JudgePhase
 from deepfusion.config.models import MadeModel, Models, ModelSource, ModelType, Training
 from deepfusion.config.phases import (
@@ -15,14 +16,11 @@ from deepfusion.config.phases import (
     Across,
     AssemblePhase,
     ClusterPhase,
-    Codec,
     Consultation,
-    DevicePhase,
     DistillPhase,
     EvaluatePhase,
     Features,
     LogitsObjective,
-    LoRA,
     Objective,
     OFAObjective,
     ProxyPhase,

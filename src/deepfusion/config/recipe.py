@@ -12,13 +12,13 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from deepfusion.config import tree as trees
 from deepfusion.config.baselines import Baselines
 from deepfusion.config.data import Data
+from deepfusion.config.device import DevicePhase
 from deepfusion.config.faults import explain
 from deepfusion.config.judge import JudgePhase
 from deepfusion.config.models import Models, ModelSource
 from deepfusion.config.phases import (
     AssemblePhase,
     ClusterPhase,
-    DevicePhase,
     DistillPhase,
     EvaluatePhase,
     OFAObjective,

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from deepfusion import adapters, checkpoints, codecs, memory
 from deepfusion.artifacts import Checkpoint, Corpus, Upload, Work
-from deepfusion.config import PLAIN, DevicePhase, Runtime
+from deepfusion.config import PLAIN, DevicePhase, Runtime, Training
 from deepfusion.data.batches import Schedule
 from deepfusion.data.documents import Document, read_jsonl
 from deepfusion.data.lessons import Lesson, lessons
@@ -67,9 +67,7 @@ def train_device(
         tokenizer = Tokenizer(checkpoints.open_tokenizer(ancestor.folder))
         kind = family(model.config.model_type)
         text = device_text(private, corpus, tokenizer, config, model.config, seed=seed)
-    schedule = Schedule(
-        text.lessons, text.tokens, config.training, packs=kind.packs, seed=seed, after=sitting * text.tokens
-    )
+    schedule = text.schedule(config.training, packs=kind.packs, seed=seed, sitting=sitting)
     learner = Learner(model, build_objective(PLAIN, 0, 0, {}))
     done = fit(learner, schedule, config.training, seed=seed, into=into, runtime=runtime)
     memory.note(into, before)
@@ -117,6 +115,10 @@ class DeviceText:
     lessons: list[Lesson]  # its own, and public ones
     own_tokens: int
     tokens: float  # of all epochs
+
+    def schedule(self, training: Training, *, packs: bool, seed: int, sitting: int) -> Schedule:
+        """Its batches in one of several trainings in a row, each of which goes on where the last one ended."""
+        return Schedule(self.lessons, self.tokens, training, packs=packs, seed=seed, after=sitting * self.tokens)
 
 
 def device_text(

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from deepfusion.artifacts import Checkpoint, Proxy
-from deepfusion.checkpoints import as_checkpoint, copy_description, named_as, open_config
+from deepfusion.checkpoints import as_checkpoint, named_as, write_descendant
 from deepfusion.families import family
-from deepfusion.weights import Part, blocks, stored, write
+from deepfusion.weights import Part, blocks, stored
 
 
 def add_task_vectors(
@@ -116,9 +116,5 @@ def _add(
     for name, one in start.items():
         dtype = reduce(torch.promote_types, (held[name].dtype for held in after), one.dtype)
         parts.append(Part(name, dtype, one.shape, partial(added, name, dtype)))
-    write(into, parts, resume=resume)
-    copy_description(base.folder, into)
-    config = open_config(base.folder)
-    config.dtype = max((part.dtype for part in parts if part.dtype.is_floating_point), key=lambda dtype: dtype.itemsize)
-    config.save_pretrained(into)
+    write_descendant(base.folder, parts, into=into, resume=resume)
     return as_checkpoint(into, lineage_of=base.lineage)
