@@ -25,6 +25,9 @@ def test_phases_that_a_recipe_leaves_out_are_left_out() -> None:
     assert counts("distill.objective.kind=vaa")["consult"] == 16
     chosen = counts("distill.teachers=likeliest")
     assert (chosen["likelihoods"], chosen["consult"]) == (17, 16)
+    reading = counts("transfer.keep_agreed=0.5")
+    assert (reading["read"], reading["agree"]) == (16 + 3, 1)
+    assert "read" not in counts("transfer.keep_agreed=0.5", "transfer.kinds=[public, answered]")
 
 
 def test_a_judge_grades_the_base_the_moe_and_the_references() -> None:

@@ -81,7 +81,18 @@ def test_results_follow_their_schema(done: tuple[Path, Report, Seen]) -> None:
     assert found["memory"]["server_peak_bytes"] > 0
     for step in found["phases"]:
         assert {"name", "item", "seconds", "cpu_seconds", "cached", "tokens", "flops"} <= set(step)
-    unwanted = {"take", "materialise", "shift", "task_vectors", "own_vector", "likelihoods", "consult", "report"}
+    unwanted = {
+        "take",
+        "materialise",
+        "read",
+        "agree",
+        "shift",
+        "task_vectors",
+        "own_vector",
+        "likelihoods",
+        "consult",
+        "report",
+    }
     unwanted |= (BESIDE | BASELINES.keys() | {"judge"}) - {"upcycle"}
     assert set(pipeline.STEPS) > BESIDE
     assert {step["name"] for step in found["phases"]} == set(pipeline.STEPS) - unwanted
@@ -278,6 +289,18 @@ def test_teachers_can_be_a_shift_of_the_base(again: Callable[..., tuple[Path, Se
     assert ("pooled_text_dense", "shift") not in compute
     whole = compute["pooled_text_dense", "train"]
     assert compute["dense_kd", "train"] == pytest.approx(whole - shifting, rel=0.1)
+
+
+def test_written_text_can_be_read_by_the_others(again: Callable[..., tuple[Path, Seen]]) -> None:
+    out, seen = again("transfer.keep_agreed=0.5", "evaluate.references=[pooled_text_dense]")
+    found = results(out)
+    readers = {name for name in seen.ran if name.startswith("read")}
+    assert {f"read {device}" for device in DEVICES} < readers
+    assert len(readers) == len(DEVICES) + 2  # and both ancestors
+    counts = found["transfer"]["counts"]
+    assert counts["sampled"] - counts["dropped sampled: nobody agrees"] in {0, 1, 2}  # of two clusters, rounded up
+    compute = {(part["system"], part["part"]): part["token_parameters"] for part in found["compute"]}
+    assert compute["pooled_text_dense", "write"] == compute["deepfusion", "write"]
 
 
 @pytest.mark.parametrize("other", ["distill.teachers=proxies", "distill.objective.kind=vaa", "distill.shares.joint=0"])

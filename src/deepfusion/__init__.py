@@ -18,6 +18,7 @@ from deepfusion.pipeline import plan, run
 
 if TYPE_CHECKING:
     from deepfusion.ancestors import make, take
+    from deepfusion.phases.agree import agree
     from deepfusion.phases.assemble import merge
     from deepfusion.phases.cluster import cluster
     from deepfusion.phases.consult import consult, likelihoods
@@ -37,6 +38,7 @@ __all__ = [
     "Report",
     "Runtime",
     "add_task_vectors",
+    "agree",
     "average",
     "build_corpus",
     "cluster",
@@ -63,6 +65,7 @@ __version__ = "0.1.0"
 # Loaded when asked for: they need torch, and a run whose steps are all done needs none.
 _PHASES = {
     "add_task_vectors": "phases.task_vectors",
+    "agree": "phases.agree",
     "own_task_vector": "phases.task_vectors",
     "average": "phases.proxy",
     "build_corpus": "phases.data",

@@ -34,6 +34,12 @@ def _phases(recipe: Recipe) -> Iterator[tuple[str, int, str]]:
     writing = bool({"answered", "sampled"} & set(recipe.transfer.kinds))
     yield "write", k * writing, _several(k, "for each cluster")
     yield "transfer", 1, one
+    if recipe.transfer.reads:
+        own = recipe.transfer.writers == "devices"
+        asked, of = (devices, "for each device") if own else (k, "for each proxy")
+        count = asked + len(recipe.models.ancestors)
+        yield "read", count, _several(count, f"{of} and each ancestor", at_least=given or not own)
+        yield "agree", 1, one
     yield "shift", int(recipe.distill.shifted), one
     vectors = int(recipe.distill.task_vectors > 0 and of_the_base(recipe.models))
     yield "task_vectors", vectors, one

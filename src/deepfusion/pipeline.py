@@ -22,6 +22,7 @@ from deepfusion.artifacts import (
     Corpus,
     Intake,
     Judgements,
+    Likelihoods,
     Proxy,
     Report,
     Scores,
@@ -214,6 +215,9 @@ class _Method:
             TransferSet, "transfer", writings=writings, clusters=clusters, corpus=corpus, config=recipe.transfer,
             priority=FIRST, **encoder,
         )  # fmt: skip
+        fluent = roles.fluent(own, proxies, members, recipe.transfer)
+        if recipe.transfer.reads:
+            transfer = self.agreed(transfer, fluent, origins)
         lessons = transfer
         if recipe.distill.shifted:
             lessons = self.go(
@@ -238,7 +242,6 @@ class _Method:
             for teacher in roles.consulted(own, proxies, recipe)
         ]  # fmt: skip
         budget = 3.0 * base.result().active_parameters * recipe.distill.budget_tokens
-        fluent = roles.fluent(own, proxies, members, recipe.transfer)
         given = Given(recipe, corpus, base, start, kin, accepted, fluent, members, transfer, lessons, teachings, budget)
         if recipe.distill.teachers == "likeliest":
             teachings = choose(self.go, given, recipe.distill, priority=FIRST)
@@ -301,6 +304,21 @@ class _Method:
         if source.path is not None:
             return self.go(Checkpoint, "take", name, **placed(path=(source.path, keyed.path)))
         return self.go(Checkpoint, "make", name, made=source.make, corpus=corpus, seed=seed)
+
+    def agreed(
+        self, transfer: Future[TransferSet], fluent: Sequence[Teacher], origins: dict[str, Future[Checkpoint]]
+    ) -> Future[TransferSet]:
+        """The transfer set, of whose written texts those are left that others agree with."""
+        asked: dict[str, Any] = {"transfer": transfer, "kinds": ("sampled",), "priority": FIRST}
+        found = {one.name: self.go(Likelihoods, "read", one.name, model=one.model, **asked) for one in fluent}
+        before = {
+            lineage: self.go(Likelihoods, "read", lineage, model=ancestor, **asked)
+            for lineage, ancestor in origins.items()
+        }
+        return self.go(
+            TransferSet, "agree", transfer=transfer, models=[one.model for one in fluent], found=found, before=before,
+            config=self.recipe.transfer, priority=FIRST,
+        )  # fmt: skip
 
     def given(self, base: Future[Checkpoint], ancestors: dict[str, Future[Checkpoint]]) -> list[Future[Checkpoint]]:
         """The models that were not made here."""

@@ -2,8 +2,10 @@
 
 from deepfusion.baselines import controls
 from deepfusion.phases import (
+    agree,
     assemble,
     cluster,
+    consult,
     data,
     device,
     distill,
@@ -18,8 +20,10 @@ from deepfusion.phases import (
 )
 
 __all__ = [
+    "agree",
     "assemble",
     "cluster",
+    "consult",
     "controls",
     "data",
     "device",

@@ -36,6 +36,8 @@ STEPS: dict[str, tuple[str, type[Artifact], int]] = {
     "proxy": ("deepfusion.phases.proxy:average", Proxy, 1),
     "write": ("deepfusion.phases.transfer:write_cluster", Writing, 5),
     "transfer": ("deepfusion.phases.transfer:gather", TransferSet, 3),
+    "read": ("deepfusion.phases.consult:likelihoods", Likelihoods, 1),
+    "agree": ("deepfusion.phases.agree:agree", TransferSet, 1),
     "shift": ("deepfusion.phases.shift:shift", TransferSet, 2),
     "task_vectors": ("deepfusion.phases.task_vectors:add_task_vectors", Checkpoint, 1),
     "likelihoods": ("deepfusion.phases.consult:likelihoods", Likelihoods, 1),

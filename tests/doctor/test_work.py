@@ -129,6 +129,19 @@ def test_written_text_is_no_longer_than_models_may_write(tmp_path: Path) -> None
     assert few.turns == 2 * 5  # two writers a cluster, each a batch
 
 
+def test_more_is_written_and_read_than_is_kept(tmp_path: Path) -> None:
+    """Half is kept, so twice as much is written, and read by four devices and both of their ancestors."""
+    texts = "transfer.kinds=[sampled]"
+    all_kept = by_phase(worked_out(extent(tmp_path / "a", texts)))
+    half_kept = by_phase(worked_out(extent(tmp_path / "b", texts, "transfer.keep_agreed=0.5")))
+    [write], [more], [read] = all_kept["write"], half_kept["write"], half_kept["read"]
+    assert "read" not in all_kept
+    assert more.tokens == pytest.approx(2 * write.tokens)
+    assert read.steps == 4 + 2
+    assert read.tokens == pytest.approx(more.tokens)  # a cluster's, passed twice while it is written
+    assert half_kept["joint"][0].flops == pytest.approx(all_kept["joint"][0].flops)
+
+
 def test_proxies_write_where_the_recipe_says_so(tmp_path: Path) -> None:
     assert "consult" not in by_phase(worked_out(extent(tmp_path / "a")))
     tasks = by_phase(worked_out(extent(tmp_path / "b", "distill.teachers=proxies", "transfer.writers=proxies")))

@@ -250,6 +250,9 @@ def test_likelihoods_are_of_whole_documents(who: str, world: World, tmp_path: Pa
         tokens += ids.numel()
     assert found.work == Work(tokens=tokens, forward=float(tokens * model.active_parameters))
     assert Likelihoods.load(tmp_path) == found
+    some = likelihoods(model, world.transfer, ("answered",), into=folder(tmp_path / "some"), runtime=HERE)
+    assert some.nats == {d.id: pytest.approx(found.nats[d.id], rel=1e-4) for d in documents if d.kind == "answered"}
+    assert 0 < len(some.nats) < len(documents)
 
 
 def test_a_chosen_teacher_is_asked_about_its_share_alone(world: World, tmp_path: Path) -> None:

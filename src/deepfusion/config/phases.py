@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -49,6 +50,10 @@ class TransferPhase(Section):
     """Identical written texts are kept at most this often; the others are dropped and counted."""
     sampled_per_cluster: int = Field(default=600, ge=0)
     """Documents written per cluster, shared among its writers: the server's work does not grow with N."""
+    keep_agreed: float = Field(default=1.0, gt=0, le=1)
+    """Share of the written documents that is kept: of each cluster's, those that another writer finds much likelier
+    than its own public ancestor does. So many more are written that sampled_per_cluster are kept, and all writers read
+    them. For devices that share what they know: of what one device alone knows, it drops most. 1: all are kept."""
     answers_per_question: int = Field(default=1, ge=1)
     """How many of a cluster's writers answer a question (those most at home in its words)."""
     temperature: float = Field(default=0.7, gt=0)
@@ -69,6 +74,16 @@ class TransferPhase(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which models write and are asked what they think. bfloat16 is several times faster where the
     processor or accelerator has instructions for it; where it has none, float32 is used."""
+
+    @property
+    def written_per_cluster(self) -> int:
+        """Documents written per cluster, of which `sampled_per_cluster` are kept."""
+        return math.ceil(self.sampled_per_cluster / self.keep_agreed)
+
+    @property
+    def reads(self) -> bool:
+        """Whether all writers read what each has written."""
+        return self.keep_agreed < 1 and "sampled" in self.kinds
 
 
 Across = Literal["auto", "span_likelihood", "projected_kl", "hybrid_kl", "mined", "uld"]

@@ -104,6 +104,12 @@ class Extent:
         answered = len(self.text.questions) * transfer.answers_per_question if "answered" in transfer.kinds else 0
         return float(sampled), float(answered)
 
+    def drafted(self) -> float:
+        """Tokens of all that is written, of which `taught` are kept."""
+        sampled, answered = self.texts()
+        sampled /= self.recipe.transfer.keep_agreed
+        return sampled * self.mean(self.written) + answered * self.mean(self.answered)
+
     def taught(self) -> float:
         """Tokens of all written text, as its writers count them."""
         sampled, answered = self.texts()

@@ -100,7 +100,8 @@ def _transfer(of: Extent) -> Iterator[Task]:
     largest = max(of.by_device().values(), key=lambda start: start.shape.active)
     if sampled + answered:
         writers = _fluent(of) / k
-        tokens = of.taught() / k
+        sampled /= transfer.keep_agreed
+        tokens = of.drafted() / k
         asked = of.mean(lambda start: of.known(start).tokens(of.text.questions)) / k
         scored = 2 * writers * asked if answered else 0  # by each writer, and by its ancestor
         passed = tokens + scored + tokens  # the last: what the ancestor thinks of what was written
@@ -113,6 +114,11 @@ def _transfer(of: Extent) -> Iterator[Task]:
             dtype=transfer.dtype,
         )  # fmt: skip
     yield Task("transfer", 1)
+    if transfer.reads:
+        shape, tokens = largest.shape, of.drafted()
+        readers = _fluent(of) + len(of.recipe.models.ancestors)
+        yield Task("read", readers, "read", shape, tokens, forward=tokens * shape.active, batch=2**13)
+        yield Task("agree", 1)
     if of.recipe.distill.shifted:
         shape, tokens = of.base.shape, of.taught()
         yield Task(

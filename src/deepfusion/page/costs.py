@@ -25,6 +25,8 @@ PHASES = {
     "proxy": "models averaged",
     "write": "devices' models answer and write",
     "transfer": "all that teaches gathered",
+    "read": "what was written read by all who write",
+    "agree": "what nobody else agrees with left out",
     "shift": "what devices learned put on top of the base",
     "task_vectors": "what was learned in the base's own weights added to it",
     "likelihoods": "who finds which text likeliest",

@@ -93,10 +93,15 @@ def consult(
 
 @torch.no_grad()
 def likelihoods(
-    model: Checkpoint | Upload | Proxy, transfer: TransferSet, *, into: Path, runtime: Runtime
+    model: Checkpoint | Upload | Proxy,
+    transfer: TransferSet,
+    kinds: Sequence[str] = ("public", "answered", "sampled"),
+    *,
+    into: Path,
+    runtime: Runtime,
 ) -> Likelihoods:
-    """How likely a model finds each document of the transfer set: of `l_k` of FedMKT (arXiv 2406.02224) the whole
-    document's nats, which mean the same whatever its tokens are.
+    """How likely a model finds each document, of some kinds, of the transfer set: of `l_k` of FedMKT (arXiv 2406.02224)
+    the whole document's nats, which mean the same whatever its tokens are.
 
     A writer's own documents are taken in the tokens that it wrote. Documents that the model cannot spell or that are
     longer than its context have none.
@@ -107,7 +112,7 @@ def likelihoods(
         name = name_of(model)
     opened = checkpoints.open_model(folder, accelerator=runtime.accelerator)
     tokenizer = Tokenizer(checkpoints.open_tokenizer(folder))
-    documents = list(read_jsonl(transfer.documents, TransferDocument))
+    documents = [document for document in read_jsonl(transfer.documents, TransferDocument) if document.kind in kinds]
     nats: dict[str, float] = {}
     tokens = 0
     for fitting in _batches(documents, opened, tokenizer, _kept(transfer, name) if name else None, into):

@@ -79,7 +79,7 @@ def write_cluster(
     writers, dtype = [Writer.of(model, {}) for model in models], usable(config.dtype, runtime.accelerator, into)
     questions = _questions_of(cluster, clusters, corpus, encoder) if "answered" in config.kinds else []
     to_answer, scoring = _who_answers(writers, ancestors, questions, config, dtype, runtime)
-    wanted = config.sampled_per_cluster if "sampled" in config.kinds else 0
+    wanted = config.written_per_cluster if "sampled" in config.kinds else 0
     share = _shares([writer.tokens for writer in writers], wanted)
     ticker = Ticker(into, sum(share) + sum(map(len, to_answer)), "documents")
     kept: list[TransferDocument] = []
