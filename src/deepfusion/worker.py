@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import importlib
 import inspect
 import json
@@ -144,6 +145,10 @@ def main() -> None:
     os.dup2(2, 1)
     for module in PRELOADED:
         importlib.import_module(module)
+    # What is imported stays: children need not look through it for garbage again and again, nor copy the pages that
+    # looking writes to. Without this, runs of tiny models take twice as long.
+    gc.collect()
+    gc.freeze()
     while header := requests.read(4):
         task = pickle.loads(requests.read(struct.unpack("<I", header)[0]))
         started = time.monotonic()
