@@ -19,6 +19,8 @@ def test_every_embedded_study_can_be_run(name: str) -> None:
     assert len(plan.variants) > 1
     with pytest.raises(InputError, match=f"is a study and no recipe: deepfusion compare {name}"):
         locate(name)  # no recipe has its name
+    with pytest.raises(InputError, match=rf"\(embedded: .*; studies, for deepfusion compare: .*{name}.*\)$"):
+        locate(name + "s")  # and whoever misspells it is told of it
 
 
 def test_every_embedded_study_is_in_the_documentation() -> None:

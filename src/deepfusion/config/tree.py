@@ -34,10 +34,12 @@ def locate(name: str | Path) -> tuple[Path, Path]:
         return path, path.parent
     embedded = {file.stem: file for file in map(Path, map(str, (files("deepfusion") / "recipes").iterdir()))}
     if str(name) not in embedded:
-        if (Path(str(files("deepfusion") / "studies")) / f"{name}.yaml").is_file():
+        studies = {Path(str(file)).stem for file in (files("deepfusion") / "studies").iterdir()}
+        if str(name) in studies:
             raise InputError(f"{str(name)!r} is a study and no recipe: deepfusion compare {name}")
         known = ", ".join(sorted(embedded))
-        raise InputError(f"recipe {str(name)!r} is neither a file nor an embedded recipe (embedded: {known})")
+        told = f"recipe {str(name)!r} is neither a file nor an embedded recipe (embedded: {known}"
+        raise InputError(f"{told}; studies, for deepfusion compare: {', '.join(sorted(studies))})")
     return embedded[str(name)], Path("recipes")
 
 
