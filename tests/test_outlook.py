@@ -25,6 +25,7 @@ def test_phases_that_a_recipe_leaves_out_are_left_out() -> None:
     assert counts("distill.objective.kind=vaa")["consult"] == 16
     chosen = counts("distill.teachers=likeliest")
     assert (chosen["likelihoods"], chosen["consult"]) == (17, 16)
+    assert counts("distill.mixed=2")["mix"] == 1
     reading = counts("transfer.keep_agreed=0.5")
     assert (reading["read"], reading["agree"]) == (16 + 3, 1)
     assert "read" not in counts("transfer.keep_agreed=0.5", "transfer.kinds=[public, answered]")

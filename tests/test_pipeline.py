@@ -87,6 +87,7 @@ def test_results_follow_their_schema(done: tuple[Path, Report, Seen]) -> None:
         "read",
         "agree",
         "shift",
+        "mix",
         "task_vectors",
         "own_vector",
         "likelihoods",
@@ -289,6 +290,30 @@ def test_teachers_can_be_a_shift_of_the_base(again: Callable[..., tuple[Path, Se
     assert ("pooled_text_dense", "shift") not in compute
     whole = compute["pooled_text_dense", "train"]
     assert compute["dense_kd", "train"] == pytest.approx(whole - shifting, rel=0.1)
+
+
+def test_writers_can_teach_together(again: Callable[..., tuple[Path, Seen]]) -> None:
+    """All who learn from teachers hear the mixture, and pay for it out of the same budget."""
+    out, seen = again(
+        "distill.mixed=2",
+        "evaluate.references=[pooled_text_dense, dense_kd, ofa_kd]",
+        "baselines.ofa_kd.stages=1",
+    )
+    assert {"mix", "joint", "tune", "dense_kd"} <= set(seen.ran)
+    compute = {(part["system"], part["part"]): part["token_parameters"] for part in results(out)["compute"]}
+    asking = compute["deepfusion", "mix"]
+    assert asking > 0
+    assert (compute["dense_kd", "mix"], compute["ofa_kd", "mix"]) == (asking, asking)
+    assert ("pooled_text_dense", "mix") not in compute
+    whole = compute["pooled_text_dense", "train"]
+    assert compute["dense_kd", "train"] == pytest.approx(whole - asking, rel=0.1)
+
+
+@pytest.mark.parametrize("other", ["distill.teachers=proxies", "distill.shifted=true", "distill.shares.joint=0"])
+def test_only_writers_can_teach_together(other: str) -> None:
+    beside = ("distill.shares.branch=0.96",) if "joint" in other else ()
+    with pytest.raises(ValueError, match="mixed"):
+        recipe("distill.mixed=2", other, *beside)
 
 
 def test_written_text_can_be_read_by_the_others(again: Callable[..., tuple[Path, Seen]]) -> None:

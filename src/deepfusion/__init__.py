@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from deepfusion.phases.device import train_device
     from deepfusion.phases.distill import distill
     from deepfusion.phases.evaluate import evaluate
+    from deepfusion.phases.mix import mix
     from deepfusion.phases.proxy import average
     from deepfusion.phases.shift import shift
     from deepfusion.phases.task_vectors import add_task_vectors, own_task_vector
@@ -50,6 +51,7 @@ __all__ = [
     "make",
     "materialise",
     "merge",
+    "mix",
     "own_task_vector",
     "plan",
     "receive",
@@ -78,6 +80,7 @@ _PHASES = {
     "make": "ancestors",
     "materialise": "phases.upload",
     "merge": "phases.assemble",
+    "mix": "phases.mix",
     "receive": "phases.upload",
     "shift": "phases.shift",
     "take": "ancestors",

@@ -52,7 +52,7 @@ def conclude(
     *,
     parts: Mapping[str, Mapping[str, Sequence[Artifact]]] | None = None,
     rounds: Mapping[str, Sequence[Round]] | None = None,
-    shifted: TransferSet | None = None,
+    changed: TransferSet | None = None,
     judgements: Sequence[Judgements] = (),
     into: Path,
 ) -> Report:
@@ -64,7 +64,7 @@ def conclude(
         warnings: what else is to be said of the run.
         parts: reference → part of its server compute → what was made in it, beside its last training.
         rounds: baseline → what its devices have sent and were sent, in parts that add up.
-        shifted: the transfer set as `shift` made it, if students learned from that.
+        changed: the transfer set as `shift` or `mix` made it, if students learned from that.
         judgements: what a judge thinks of some of the models.
     """
     tree = portable(recipe.model_dump(mode="json"))
@@ -82,7 +82,7 @@ def conclude(
         clusters=clusters,
         proxies=proxies,
         transfer=transfer,
-        compute=_compute(recipe, transfer, shifted, teachings, students, branches, parts or {}),
+        compute=_compute(recipe, transfer, changed, teachings, students, branches, parts or {}),
         steps=[_step(facts, set(recipe.evaluate.references)) for facts in phases],
         baselines={name: _traffic(parts) for name, parts in (rounds or {}).items()},
         losses={
@@ -135,7 +135,7 @@ def _measured(scores: Sequence[Scores]) -> list[Measured]:
 def _compute(
     recipe: Recipe,
     transfer: TransferSet,
-    shifted: TransferSet | None,
+    changed: TransferSet | None,
     teachings: Sequence[Teaching],
     students: Mapping[str, Checkpoint],
     branches: Sequence[Checkpoint],
@@ -143,7 +143,7 @@ def _compute(
 ) -> list[Compute]:
     """Server compute by system and part. All that learn from the transfer text are charged for having it written."""
     asked = sum((teaching.work for teaching in teachings), Work())
-    shifting = shifted.work if shifted is not None else Work()
+    changing, change = changed.work if changed is not None else Work(), "mix" if recipe.distill.mixed else "shift"
     shares = recipe.distill.shares  # without a stage its student is the one before, whose work is not this stage's
     joint = students["joint_student"].work if shares.joint else Work()
     branched = sum((branch.work for branch in branches), Work()) if shares.branch else Work()
@@ -153,7 +153,7 @@ def _compute(
     parts = [
         Compute("deepfusion", "write", transfer.work),
         Compute("deepfusion", "consult", asked),
-        Compute("deepfusion", "shift", shifting),
+        Compute("deepfusion", change, changing),
         Compute("deepfusion", "joint", joint),
         Compute("deepfusion", "branch", branched, longest),
         Compute("deepfusion", "router", merged.work),
@@ -167,8 +167,8 @@ def _compute(
             parts.append(Compute(name, "write", transfer.work))
             if name in ("dense_kd", "ofa_kd"):
                 parts.append(Compute(name, "consult", asked))
-            if name == "dense_kd":
-                parts.append(Compute(name, "shift", shifting))
+            if name == "dense_kd" or (name == "ofa_kd" and recipe.distill.mixed):  # which cannot hear what is shifted
+                parts.append(Compute(name, change, changing))
             parts += earlier
             if shares.tune or name not in ("ofa_kd", "fedmkt"):  # then its MoE is the merged one
                 parts.append(Compute(name, "train", student.work))

@@ -23,7 +23,7 @@ TRAINED: dict[str, tuple[str, ...]] = {
     "merged": ("joint", "branch", "router"),
     RESULT: ("joint", "branch", "router", "tune"),
 }
-BEFORE_TRAINING = ("write", "consult", "shift")
+BEFORE_TRAINING = ("write", "consult", "shift", "mix")
 
 
 def versions() -> dict[str, str]:
@@ -68,7 +68,7 @@ class Compute:
     """One part of a system's server compute."""
 
     system: str
-    part: str  # "write", "consult", "shift", "joint", "branch", "router", "tune", or a reference's "train"
+    part: str  # "write", "consult", "shift", "mix", "joint", "branch", "router", "tune", or a reference's "train"
     work: Work
     critical: float | None = None  # token-parameters on the longest path with a worker per copy; none: all of them
 

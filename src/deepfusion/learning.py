@@ -48,7 +48,7 @@ class Given:
     fluent: Sequence[Teacher]  # all that write, or could
     clusters: Clusters
     transfer: Future[TransferSet]
-    lessons: Future[TransferSet]  # the transfer set as students are taught it, shifted or not
+    lessons: Future[TransferSet]  # the transfer set as students are taught it, shifted or mixed, or as it is
     teachings: Sequence[Future[Teaching]]
     budget: float  # token-parameters
 

@@ -41,6 +41,7 @@ def _phases(recipe: Recipe) -> Iterator[tuple[str, int, str]]:
         yield "read", count, _several(count, f"{of} and each ancestor", at_least=given or not own)
         yield "agree", 1, one
     yield "shift", int(recipe.distill.shifted), one
+    yield "mix", int(recipe.distill.mixed > 0), one
     vectors = int(recipe.distill.task_vectors > 0 and of_the_base(recipe.models))
     yield "task_vectors", vectors, one
     if recipe.distill.teachers == "likeliest":

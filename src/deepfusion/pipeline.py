@@ -225,6 +225,11 @@ class _Method:
             lessons = self.go(
                 TransferSet, "shift", base=base, transfer=transfer, config=recipe.transfer, priority=FIRST
             )  # fmt: skip
+        if recipe.distill.mixed:
+            lessons = self.go(
+                TransferSet, "mix", transfer=transfer, uploads=accepted, ancestors=origins, clusters=clusters,
+                config=recipe.transfer, others=recipe.distill.mixed, priority=FIRST,
+            )  # fmt: skip
 
         # Phases II and III: one student learns from everyone, copies of it in their own domains; they become one MoE.
         start = base
@@ -296,7 +301,7 @@ class _Method:
                 "joint_student": ours.joint, "merged": ours.merged, "deepfusion": ours.moe, **beside.models
             },
             branches=ours.branches, scores=scores, parts=beside.parts, rounds=beside.rounds,
-            shifted=lessons if recipe.distill.shifted else None, warned=warned, **graded,
+            changed=None if lessons is transfer else lessons, warned=warned, **graded,
         )  # fmt: skip
 
     def ancestor(

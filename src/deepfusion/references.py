@@ -86,14 +86,17 @@ def _ofa(go: Go, given: Given, beside: Beside) -> Future[Checkpoint]:
 
     Teachers are heard as they spoke: a shift is known of runs of bytes alone.
     """
-    config = given.recipe.distill.model_copy(update={"objective": given.recipe.baselines.ofa_kd, "shifted": False})
-    return _otherwise(go, replace(given, lessons=given.transfer), config, "ofa", "ofa_kd", beside)
+    distill = given.recipe.distill
+    config = distill.model_copy(update={"objective": given.recipe.baselines.ofa_kd, "shifted": False})
+    heard = replace(given, lessons=given.transfer) if distill.shifted else given
+    return _otherwise(go, heard, config, "ofa", "ofa_kd", beside)
 
 
 def _fedmkt(go: Go, given: Given, beside: Beside) -> Future[Checkpoint]:
     """The same with FedMKT's loss, and its choice of a teacher for each document among all that write."""
     own = given.recipe.baselines.fedmkt
-    fields = {"objective": own.objective, "teachers": "likeliest", "teacher_top_k": own.top_k, "shifted": False}
+    fields = {"objective": own.objective, "teachers": "likeliest", "teacher_top_k": own.top_k}
+    fields |= {"shifted": False, "mixed": 0}
     config = given.recipe.distill.model_copy(update=fields)
     teachings = choose(go, given, config, prefix="fedmkt_", priority=LAST)
     beside.parts["fedmkt"] = {"consult": teachings}

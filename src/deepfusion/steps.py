@@ -39,6 +39,7 @@ STEPS: dict[str, tuple[str, type[Artifact], int]] = {
     "read": ("deepfusion.phases.consult:likelihoods", Likelihoods, 1),
     "agree": ("deepfusion.phases.agree:agree", TransferSet, 1),
     "shift": ("deepfusion.phases.shift:shift", TransferSet, 2),
+    "mix": ("deepfusion.phases.mix:mix", TransferSet, 1),
     "task_vectors": ("deepfusion.phases.task_vectors:add_task_vectors", Checkpoint, 1),
     "likelihoods": ("deepfusion.phases.consult:likelihoods", Likelihoods, 1),
     "consult": ("deepfusion.phases.consult:consult", Teaching, 3),

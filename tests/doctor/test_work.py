@@ -190,6 +190,15 @@ def test_a_shifted_teacher_is_paid_by_the_joint_student(tmp_path: Path) -> None:
     assert shift.flops + joint.flops == pytest.approx(0.92 * 6 * 100_000 * joint.shape.active)  # pyright: ignore[reportOptionalMemberAccess]
 
 
+def test_a_mixture_is_paid_by_the_joint_student(tmp_path: Path) -> None:
+    """Of four devices three others are asked at most: with writer and ancestor, five passes over what was written."""
+    load = extent(tmp_path, "distill.mixed=9", "distill.budget_tokens=100_000", "evaluate.references=[fedmkt]")
+    tasks = by_phase(worked_out(load))
+    [mix], [joint], [plain] = tasks["mix"], tasks["joint"], tasks["fedmkt_joint"]
+    assert mix.tokens == pytest.approx(5 * load.taught())
+    assert mix.flops + joint.flops == pytest.approx(plain.flops)
+
+
 def test_what_devices_learn_in_the_base_is_added_to_it(tmp_path: Path) -> None:
     strangers = extent(tmp_path, "device.method=lora", "distill.task_vectors=0.5")
     kin = replace(strangers.starts["models.ancestors.gpt2"], lineage=strangers.base.lineage)

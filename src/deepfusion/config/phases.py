@@ -252,6 +252,11 @@ class DistillPhase(Section):
     shifted: bool = False
     """Teachers' probabilities are taken as a shift of the base's own: base · writer / the writer's public ancestor. For
     bases that are better language models than the devices' (real text); costs a pass of the base over written text."""
+    mixed: int = Field(default=0, ge=0)
+    """A written text's teacher is a mixture of its writer and so many others that have its tokenizer, those whose text
+    is most like the writer's. Each weighs, token by token, by how much likelier than its own public ancestor it finds
+    the text so far: those are heard who have learned what is spoken of. Costs their passes over written text, which are
+    taken out of the joint student's budget. 0: the writer alone."""
     task_vectors: float = Field(default=0.0, ge=0, le=2)
     """Where devices' public ancestor is the base itself, students start from the base plus this times what each
     cluster's average of these devices has changed in it (task arithmetic, arXiv 2212.04089), before anything is
@@ -287,8 +292,13 @@ class DistillPhase(Section):
             )
         if self.own_task_vectors and not self.task_vectors:
             raise ValueError("own_task_vectors are a cluster's share of task_vectors: set task_vectors above 0")
-        if self.shifted and not self.shares.joint:
-            raise ValueError("shifted needs shares.joint above 0, whose budget pays for it")
+        for field in ("shifted", "mixed"):
+            if getattr(self, field) and not self.shares.joint:
+                raise ValueError(f"{field} needs shares.joint above 0, whose budget pays for it")
+        if self.mixed and self.teachers != "writers":
+            raise ValueError("mixed needs teachers: writers, for it is about what they wrote")
+        if self.mixed and self.shifted:
+            raise ValueError("mixed and shifted both change what a writer teaches: set one of them")
         return self
 
     @property

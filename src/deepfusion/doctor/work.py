@@ -18,7 +18,6 @@ from deepfusion.phases.assemble import shape_of
 from deepfusion.phases.judge import AT_ONCE, chosen
 from deepfusion.roles import tunes_fedjets
 
-UNSHIFTED = {"shifted": False}
 SIGNAL, SIGNAL_TOKEN = 6, 14  # bytes on disk of a kept alternative, and of a token beside them
 Kind = Literal["train", "write", "read", "files"]
 
@@ -125,9 +124,20 @@ def _transfer(of: Extent) -> Iterator[Task]:
             "shift", 1, "read", shape, tokens, forward=tokens * shape.active, batch=64 * transfer.max_new_tokens,
             taught=tokens, kept=transfer.top_k, disk=_signals(of, tokens), dtype=transfer.dtype,
         )  # fmt: skip
+    if of.recipe.distill.mixed:
+        tokens, active = _mixing(of), of.mean(lambda start: start.shape.active)
+        yield Task(
+            "mix", 1, "read", largest.shape, tokens, forward=tokens * active, batch=64 * transfer.max_new_tokens,
+            taught=of.taught(), kept=transfer.top_k, disk=_signals(of, of.taught()), dtype=transfer.dtype,
+        )  # fmt: skip
     if of.task_vectors:
         yield Task("task_vectors", 1, shape=of.base.shape, disk=of.base.shape.parameters * of.widest)
     yield from _consulted(of, largest)
+
+
+def _mixing(of: Extent) -> float:
+    """Tokens of written text that writers, others and one ancestor pass again where they teach together, at most."""
+    return of.taught() * (min(of.recipe.distill.mixed, len(of.text.private) - 1) + 2)
 
 
 def _fluent(of: Extent) -> int:
@@ -183,9 +193,11 @@ def _students(of: Extent) -> Iterator[Task]:
     base, moe, distill = of.base.shape, of.moe, recipe.distill
     budget, shares = distill.budget_tokens, distill.shares
     lessons, taught = of.held()
-    shifted = taught / 3 if distill.shifted else 0  # a pass forward, of three that a trained token counts
+    paid = taught / 3 if distill.shifted else 0  # a pass forward, of three that a trained token counts
+    if distill.mixed:
+        paid = _mixing(of) * of.mean(lambda start: start.shape.active) / base.active / 3
     if shares.joint:
-        tokens = max(0, shares.joint * budget - shifted)
+        tokens = max(0, shares.joint * budget - paid)
         yield _training(of, "joint", base, distill.training, tokens, lessons, taught)
     if of.task_vectors and distill.own_task_vectors:
         yield Task("own_vector", min(k, of.kin), shape=base, disk=base.parameters * of.widest)
@@ -220,7 +232,8 @@ def _beside(of: Extent) -> Iterator[Task]:
             if name == "fedmkt":
                 largest = max(of.by_device().values(), key=lambda start: start.shape.active)
                 yield from _chosen(of, largest, recipe.baselines.fedmkt.top_k, "fedmkt_", own=False)
-            plain = replace(of, recipe=of.recipe.model_copy(update={"distill": distill.model_copy(update=UNSHIFTED)}))
+            otherwise = {"shifted": False} if name == "ofa_kd" else {"shifted": False, "mixed": 0}
+            plain = replace(of, recipe=of.recipe.model_copy(update={"distill": distill.model_copy(update=otherwise)}))
             yield from (replace(task, phase=f"{short}_{task.phase}", own=False) for task in _students(plain))
             continue
         if name == "fedjets":

@@ -28,6 +28,7 @@ PHASES = {
     "read": "what was written read by all who write",
     "agree": "what nobody else agrees with left out",
     "shift": "what devices learned put on top of the base",
+    "mix": "writers' probabilities mixed with those of others",
     "task_vectors": "what was learned in the base's own weights added to it",
     "likelihoods": "who finds which text likeliest",
     "consult": "teachers asked",
