@@ -60,4 +60,5 @@ def family(model_type: str, folder: Path | None = None) -> Family:
     where = f" (in {folder})" if folder else ""
     if model_type == "gemma3":
         raise ValueError(f"model type 'gemma3'{where} takes images: use its text model alone, of type 'gemma3_text'")
-    raise ValueError(f"model type {model_type!r}{where} is not supported: choose from {', '.join(FAMILIES)}")
+    known = ", ".join(name for name in FAMILIES if name not in TARGETS)  # an MoE is what a run makes
+    raise ValueError(f"model type {model_type!r}{where} is not supported: choose from {known}")
