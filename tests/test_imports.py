@@ -46,6 +46,7 @@ LAYERS = (
     ("planner", "outlook", "learning"),
     ("references",),
     ("pipeline", "inference"),
+    ("federation",),
     ("cli", "comparison", "display", "summary", "reference", "doctor", "fleet", "import_gguf", "__init__"),
 )
 LIGHT = ("deepfusion", "deepfusion.cli", "deepfusion.config", "deepfusion.artifacts", "deepfusion.store")

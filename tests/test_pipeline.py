@@ -82,6 +82,7 @@ def test_results_follow_their_schema(done: tuple[Path, Report, Seen]) -> None:
     for step in found["phases"]:
         assert {"name", "item", "seconds", "cpu_seconds", "cached", "tokens", "flops"} <= set(step)
     unwanted = {
+        "public",
         "take",
         "materialise",
         "read",

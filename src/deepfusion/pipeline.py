@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
-from dataclasses import asdict, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -59,6 +60,46 @@ ROUTED = {
 }  # systems that are MoEs
 
 
+NEEDS_PRIVATE_TEXT = ("centralized", "fedjets", "fedavg_dense", "btx")  # references that train on devices' text
+
+
+@dataclass(frozen=True)
+class Received:
+    """What devices elsewhere sent."""
+
+    uploads: Mapping[str, Upload] = field(default_factory=dict[str, Upload])  # by device
+    failures: Mapping[str, str] = field(default_factory=dict[str, str])  # device → why there is no upload of it
+
+
+@dataclass(frozen=True)
+class Order:
+    """What one device elsewhere is to do."""
+
+    device: str
+    seed: int
+    name: str  # of the ancestor in the recipe
+    ancestor: Checkpoint
+    made_seed: int  # of the ancestor, if it is made on the spot
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What all devices elsewhere are to do, and what public text there is."""
+
+    corpus: Corpus
+    orders: tuple[Order, ...]
+
+
+@dataclass(frozen=True)
+class _Ground:
+    """What there is before devices train."""
+
+    corpus: Future[Corpus]
+    base: Future[Checkpoint]
+    ancestors: dict[str, Future[Checkpoint]]
+    names: list[str]  # of the devices
+
+
 def run(
     recipe: Recipe,
     out: str | Path | None = None,
@@ -66,6 +107,8 @@ def run(
     watch: Watcher | None = None,
     *,
     steps: Path | None = None,
+    received: Received | None = None,
+    only: Collection[str] | None = None,
 ) -> Report:
     """Run a recipe, or what is left of it, in `out` (default `runs/<name>`), and return its report.
 
@@ -77,16 +120,48 @@ def run(
         runtime: how.
         watch: told of every step.
         steps: where steps are kept, if not in `out`: recipes that differ in their last phases share the first.
+        received: uploads of devices elsewhere, which then train nothing here.
+        only: devices that take part; the others are left out as if they had never sent anything. None: all.
 
     Raises:
         ValueError: one line about what in the recipe or its inputs is wrong.
     """
-    from filelock import FileLock, Timeout
-
-    keyed = by_content(recipe)  # first of all: it finds what is missing
     if recipe.judge is not None:
         check(recipe.judge)
     out = _folder(recipe, out)
+    with _running(recipe, out, steps, runtime, watch) as (keyed, engine):
+        return _publish(_Method(recipe, keyed, engine, received, only), out)
+
+
+def prepare(
+    recipe: Recipe, out: str | Path | None = None, runtime: Runtime | None = None, watch: Watcher | None = None
+) -> Fleet:
+    """Run the steps of a federation's server that come before its devices, and say what each of these is to do.
+
+    Raises:
+        InputError: the recipe has no federation, asks for what only private text could give, or its inputs are wrong.
+    """
+    out = _folder(recipe, out)
+    with _running(recipe, out, None, runtime, watch) as (keyed, engine):
+        method = _Method(recipe, keyed, engine, Received())
+        ground = method.ground()
+        ancestors = {name: model.result() for name, model in ground.ancestors.items()}
+        places = roles.starting_points(ground.names, recipe.models, recipe.seed)
+        orders = tuple(
+            Order(device, _device_seed(recipe, number), name, ancestors[name], _made_seed(recipe, name))
+            for number, (device, name) in enumerate(places.items())
+        )
+        return Fleet(ground.corpus.result(), orders)
+
+
+@contextmanager
+def _running(
+    recipe: Recipe, out: Path, steps: Path | None, runtime: Runtime | None, watch: Watcher | None
+) -> Generator[tuple[Recipe, Engine]]:
+    """The recipe by which steps are keyed, and an engine over the steps of a folder that nobody else works in."""
+    from filelock import FileLock, Timeout
+
+    keyed = by_content(recipe)  # first of all: it finds what is missing
     store = Store(steps or out / "steps")
     at = store.root.parent
     try:
@@ -94,9 +169,19 @@ def run(
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(at / ".lock")
         with lock.acquire(timeout=0), Engine(store, runtime or Runtime(), watch) as engine:
-            return _publish(_Method(recipe, keyed, engine), out)
+            yield keyed, engine
     except Timeout:
         raise InputError(f"{at} is in use by another run: wait for it, or give --out another folder") from None
+
+
+def _device_seed(recipe: Recipe, number: int) -> int:
+    """The seed of the device in this place, wherever it trains."""
+    return recipe.seed + 1000 + number
+
+
+def _made_seed(recipe: Recipe, ancestor: str) -> int:
+    """The seed of an ancestor that is made on the spot, wherever it is made."""
+    return recipe.seed + 1 + list(recipe.models.ancestors).index(ancestor)
 
 
 def plan(recipe: Recipe, out: str | Path | None = None) -> list[PlannedStep]:
@@ -128,8 +213,16 @@ def _folder(recipe: Recipe, out: str | Path | None) -> Path:
 class _Method:
     """The phases of one run, in order. `keyed` is the recipe by which steps are keyed: contents stand for paths."""
 
-    def __init__(self, recipe: Recipe, keyed: Recipe, engine: Engine) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        keyed: Recipe,
+        engine: Engine,
+        received: Received | None = None,
+        only: Collection[str] | None = None,
+    ) -> None:
         self.recipe, self.keyed, self.engine, self.seed = recipe, keyed, engine, recipe.seed
+        self.received, self.only = received, only
 
     def go(self, gives: type[A], phase: str, item: str | None = None, /, **arguments: Any) -> Future[A]:
         """Submit one step of the table of steps; raises at once what is known already to stop the run."""
@@ -147,30 +240,11 @@ class _Method:
         """Everything; the last step's artifact."""
         recipe, keyed, seed = self.recipe, self.keyed, self.seed
         encoder = placed(encoder=(recipe.device.encoder, keyed.device.encoder))
-        corpus = self.go(Corpus, "data", seed=seed, **placed(config=(recipe.data, keyed.data)))
-        base = self.ancestor("base", recipe.models.base, keyed.models.base, corpus, seed)
-        ancestors = {
-            name: self.ancestor(name, source, keyed.models.ancestors[name], corpus, seed + 1 + number)
-            for number, (name, source) in enumerate(recipe.models.ancestors.items())
-        }
+        ground = self.ground()
+        corpus, base, ancestors = ground.corpus, ground.base, ground.ancestors
 
         # Devices: each trains its own model on its own text, and uploads it with an embedding, once.
-        for model in self.given(base, ancestors):
-            model.result()  # a broken checkpoint is told before devices train for nothing
-        if recipe.models.base.path is not None:
-            try:
-                target_of(base.result().model_type, recipe.assemble.target)
-            except ValueError as error:
-                raise InputError(f"models.base: {error}") from None
-        names = [device.id for device in corpus.result().devices]
-        uploads = {
-            device: self.go(
-                Upload, "device", device, device=device, ancestor=ancestors[name], ancestor_name=name, corpus=corpus,
-                seed=seed + 1000 + number, expendable=True, **placed(config=(recipe.device, keyed.device)),
-            )
-            for number, (device, name) in enumerate(roles.starting_points(names, recipe.models, seed).items())
-        }  # fmt: skip
-        arrived, failures = self.arrivals(uploads)
+        arrived, failures = self.devices(ground)
         sent = sent_by(recipe.device)
         intake = self.go(
             Intake, "upload", uploads=list(arrived.values()), failures=failures, ancestors=ancestors, **sent,
@@ -303,6 +377,56 @@ class _Method:
             branches=ours.branches, scores=scores, parts=beside.parts, rounds=beside.rounds,
             changed=None if lessons is transfer else lessons, warned=warned, **graded,
         )  # fmt: skip
+
+    def ground(self) -> _Ground:
+        """Text, the base, and where devices start from; a broken checkpoint is told before devices train for nothing.
+
+        Raises:
+            InputError: also if devices are elsewhere, and the recipe asks for what only their text could give.
+        """
+        recipe, keyed, seed = self.recipe, self.keyed, self.seed
+        data = placed(config=(recipe.data, keyed.data))
+        if self.received is None:
+            corpus = self.go(Corpus, "data", seed=seed, **data)
+        else:
+            if recipe.federation is None:
+                raise InputError("the recipe has no `federation` section: say in it which devices may send")
+            if asked := [name for name in recipe.evaluate.references if name in NEEDS_PRIVATE_TEXT]:
+                raise InputError(
+                    f"evaluate.references names {asked[0]}, which trains on devices' private text, and a federation's "
+                    f"server has none: leave out {', '.join(NEEDS_PRIVATE_TEXT)}"
+                )
+            corpus = self.go(Corpus, "public", devices=list(recipe.federation.devices), seed=seed, **data)
+        base = self.ancestor("base", recipe.models.base, keyed.models.base, corpus, seed)
+        ancestors = {
+            name: self.ancestor(name, source, keyed.models.ancestors[name], corpus, _made_seed(recipe, name))
+            for name, source in recipe.models.ancestors.items()
+        }
+        for model in self.given(base, ancestors):
+            model.result()
+        if recipe.models.base.path is not None:
+            try:
+                target_of(base.result().model_type, recipe.assemble.target)
+            except ValueError as error:
+                raise InputError(f"models.base: {error}") from None
+        return _Ground(corpus, base, ancestors, [device.id for device in corpus.result().devices])
+
+    def devices(self, ground: _Ground) -> tuple[dict[str, Upload], dict[str, str]]:
+        """What devices sent, and why others did not: those that train here, or those elsewhere."""
+        recipe, keyed, seed = self.recipe, self.keyed, self.seed
+        if self.received is not None:
+            held = self.received.uploads
+            return {name: held[name] for name in ground.names if name in held}, dict(self.received.failures)
+        uploads = {
+            device: self.go(
+                Upload, "device", device, device=device, ancestor=ground.ancestors[name], ancestor_name=name,
+                corpus=ground.corpus, seed=_device_seed(recipe, number), expendable=True,
+                **placed(config=(recipe.device, keyed.device)),
+            )
+            for number, (device, name) in enumerate(roles.starting_points(ground.names, recipe.models, seed).items())
+            if self.only is None or device in self.only
+        }  # fmt: skip
+        return self.arrivals(uploads)
 
     def ancestor(
         self, name: str, source: ModelSource, keyed: ModelSource, corpus: Future[Corpus], seed: int

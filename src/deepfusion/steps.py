@@ -27,6 +27,7 @@ from deepfusion.config import DevicePhase
 # Phase → what runs it, what it gives, and a number to raise when the same inputs would give something else.
 STEPS: dict[str, tuple[str, type[Artifact], int]] = {
     "data": ("deepfusion.phases.data:build_corpus", Corpus, 2),
+    "public": ("deepfusion.phases.data:build_public", Corpus, 1),
     "make": ("deepfusion.ancestors:make", Checkpoint, 1),
     "take": ("deepfusion.ancestors:take", Checkpoint, 2),
     "device": ("deepfusion.phases.device:train_device", Upload, 1),

@@ -10,9 +10,12 @@ from deepfusion.cli import models
 
 # isort: split
 from deepfusion.cli import fleet
+
+# isort: split
+from deepfusion.cli import federation
 from deepfusion.cli.app import DEBUG, app
 
-__all__ = ["DEBUG", "app", "comparison", "fleet", "main", "models", "runs"]
+__all__ = ["DEBUG", "app", "comparison", "federation", "fleet", "main", "models", "runs"]
 
 
 def main() -> None:

@@ -102,13 +102,18 @@ def _leave(message: str, code: int) -> None:
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
     """Register a command whose errors are told in one line."""
+    return app.command()(guarded(function))
+
+
+def guarded(function: Callable[P, None]) -> Callable[P, None]:
+    """A command whose errors are told in one line."""
 
     @functools.wraps(function)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+    def told(*args: P.args, **kwargs: P.kwargs) -> None:
         with _told_in_one_line():
             function(*args, **kwargs)
 
-    return app.command()(guarded)
+    return told
 
 
 def emit(document: Any) -> None:

@@ -2,13 +2,14 @@
 speed.
 
 A recipe is a YAML file. Unknown keys are refused by name; defaults are what measured best (`docs/decisions.md` says
-where). `data`, `models`, `device`, `phases`, `baselines` and `judge` hold the sections, `recipe` the whole and its
-checks, `tree` reads files and `--set`, `faults` words what is wrong with them.
+where). `data`, `models`, `device`, `phases`, `baselines`, `judge` and `federation` hold the sections, `recipe` the
+whole and its checks, `tree` reads files and `--set`, `faults` words what is wrong with them.
 """
 
 from deepfusion.config.baselines import Baselines, FedAvg, FedJETS, FedMKT
 from deepfusion.config.data import Data, FileData, MadeOptions, Partition, SyntheticData, TextSource
 from deepfusion.config.device import Codec, DevicePhase, LoRA
+from deepfusion.config.federation import Federation
 from deepfusion.config.judge import JudgePhase
 from deepfusion.config.models import MadeModel, Models, ModelSource, ModelType, Training
 from deepfusion.config.phases import (
@@ -50,6 +51,7 @@ __all__ = [
     "FedAvg",
     "FedJETS",
     "FedMKT",
+    "Federation",
     "FileData",
     "JudgePhase",
     "LoRA",

@@ -14,6 +14,7 @@ from deepfusion.config.baselines import Baselines
 from deepfusion.config.data import Data
 from deepfusion.config.device import DevicePhase
 from deepfusion.config.faults import explain
+from deepfusion.config.federation import Federation
 from deepfusion.config.judge import JudgePhase
 from deepfusion.config.models import Models, ModelSource
 from deepfusion.config.phases import (
@@ -52,6 +53,9 @@ class Recipe(Section):
     baselines: Baselines = Baselines()
     judge: JudgePhase | None = None
     """An LLM that grades answers; none: nobody is asked, and no text leaves the machine."""
+    # Left out of records where there is none, so that runs without are those that they were before it existed.
+    federation: Federation | None = Field(default=None, exclude_if=lambda federation: federation is None)
+    """How uploads are collected from devices elsewhere; none: all devices are simulated on this machine."""
 
     @field_validator("name")
     @classmethod
@@ -64,6 +68,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.federation is not None and self.cluster.k > self.federation.quorum:
+            raise ValueError(
+                f"cluster.k is {self.cluster.k} but federation.quorum is {self.federation.quorum}, and fewer devices "
+                "than that cannot fill the clusters: lower k or raise quorum"
+            )
         if self.data.partition.mode != "given" and self.cluster.k > self.data.partition.devices:
             raise ValueError(
                 f"cluster.k is {self.cluster.k} but there are only {self.data.partition.devices} devices "

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -74,11 +74,11 @@ class Text:
     counts: dict[str, int]
 
 
-def read_text(config: FileData, seed: int) -> Text:
+def read_text(config: FileData, seed: int, *, private_elsewhere: bool = False) -> Text:
     """Read, check, filter and sort the rows of all sources.
 
     A test row of a private group of which no private row is kept (all left out, or all held out) is left out too: no
-    device could know it.
+    device could know it. With `private_elsewhere` all private rows are on other machines, and test rows stay.
 
     Raises:
         InputError: names the file and line of the first row that cannot be used, the private group that is public, or
@@ -106,15 +106,36 @@ def read_text(config: FileData, seed: int) -> Text:
     public = [row for row in rows if row.split == "public"]
     held = {row.group for row in private}
     tests = [row for row in rows if row.split == "test"]
-    test = [row for row in tests if not row.private or row.group in held]
+    test = [row for row in tests if private_elsewhere or not row.private or row.group in held]
+    if private_elsewhere and (private or heldout):
+        raise InputError(
+            f"{(private or heldout)[0].origin} is private: in a federation private text is on the devices, so leave "
+            "such rows out of the server's files"
+        )
     counts["left_out_test_of_no_device"] = len(tests) - len(test)
     for name, kept in (("private", private), ("public", public), ("test", test)):
-        if not kept:
+        if not kept and not (private_elsewhere and name == "private"):
             raise InputError(
                 f"no {name} text is left of {len(rows)} rows of {_names(config)}: check `split` and `where`"
             )
     domains = tuple(sorted({row.domain for row in rows}))
     return Text(domains, tuple(private), tuple(heldout), tuple(public), tuple(test), dict(counts))
+
+
+def read_private(sources: Sequence[TextSource], prompt: str = PROMPT) -> list[Document]:
+    """A device's own text: the private rows of its sources, in order.
+
+    Raises:
+        InputError: names the file and line of the first row that cannot be used, or says that no row is private.
+    """
+    config = FileData(kind="files", sources=tuple(sources), prompt=prompt)
+    prompt_parts(prompt)
+    counts: Counter[str] = Counter()
+    rows = _marked([row for source in sources for row in _rows(source, config, counts)])
+    found = [row.document for row in rows if row.split == "private"]
+    if not found:
+        raise InputError(f"no row of {_names(config)} is private: give rows, or the source, `split: private`")
+    return found
 
 
 def read_questions(data: Path) -> list[Question]:

@@ -36,6 +36,36 @@ def build_corpus(config: Data, *, seed: int, into: Path) -> Corpus:
     return _files(config.source, config.partition, seed, into)
 
 
+def build_public(config: Data, *, devices: Sequence[str], seed: int, into: Path) -> Corpus:
+    """The part of the corpus that a server has whose devices are elsewhere: public text, questions and test.
+
+    Of each of the `devices` only the name is known. These files are, byte for byte, those of `build_corpus`, as far as
+    the same rows are given.
+
+    Raises:
+        InputError: a row cannot be used, is private, or nothing is public.
+    """
+    source = config.source
+    if isinstance(source, SyntheticData):
+        made = world(source, seed)
+        public, questions, test, domains = made.public, made.questions, made.test, made.domains
+        if not public:
+            raise InputError("no public text: raise data.source.filler_documents or public_facts")
+    else:
+        text = read_text(source, seed, private_elsewhere=True)
+        asked = text.test if source.made_options is None else with_options(text.test, source.made_options, seed)
+        public, questions = [row.document for row in text.public], _asked(text.public)
+        test, domains = [row.question for row in asked], text.domains
+    counts = {
+        "public": write_jsonl(into / "public.jsonl", public),
+        "questions": write_jsonl(into / "questions.jsonl", questions),
+        "heldout": write_jsonl(into / "heldout.jsonl", []),
+        "test": write_jsonl(into / "test.jsonl", test),
+    }
+    infos = tuple(DeviceInfo(id=device, domains={}, documents=0, bytes=0) for device in devices)
+    return _sealed(into, tuple(domains), infos, counts)
+
+
 def _synthetic(source: SyntheticData, partition: Partition, seed: int, into: Path) -> Corpus:
     if partition.mode == "given":
         raise InputError("partition.mode: given needs rows with a `device`; synthetic text takes by_domain or uneven")
@@ -72,21 +102,25 @@ def _files(source: FileData, partition: Partition, seed: int, into: Path) -> Cor
         raise InputError(f"{named.path or named.dataset}: `device` {named.device!r} needs partition.mode: given")
     texts = _given(text.private) if given else _assigned(text.private, partition, seed)
     devices = _write_private(texts, partition, len({row.group for row in text.private}), into)
-    questions = [
-        Document(id=f"{row.id}/asked", domain=row.domain, prompt=row.prompt, answer="", group=row.group)
-        for row in text.public
-        if row.prompt
-    ]
     counts = {
         **text.counts,
         "private": len(text.private),
         "public": write_jsonl(into / "public.jsonl", (row.document for row in text.public)),
-        "questions": write_jsonl(into / "questions.jsonl", questions),
+        "questions": write_jsonl(into / "questions.jsonl", _asked(text.public)),
         "heldout": write_jsonl(into / "heldout.jsonl", (row.document for row in text.heldout)),
         "test": write_jsonl(into / "test.jsonl", (row.question for row in test)),
         "test_private": sum(row.private for row in text.test),
     }
     return _sealed(into, text.domains, devices, counts)
+
+
+def _asked(rows: Sequence[Row]) -> list[Document]:
+    """The prompts of public rows, without their answers."""
+    return [
+        Document(id=f"{row.id}/asked", domain=row.domain, prompt=row.prompt, answer="", group=row.group)
+        for row in rows
+        if row.prompt
+    ]
 
 
 def _assigned(rows: Sequence[Row], partition: Partition, seed: int) -> dict[str, list[Document]]:

@@ -65,6 +65,26 @@ def receive(
     return Intake(folder=into, accepted=tuple(accepted), rejected=rejections, bytes=accepted).sealed()
 
 
+def inspect(
+    upload: Upload,
+    *,
+    embedding_bytes: int,
+    ancestors: Mapping[str, Checkpoint],
+    lora: LoRA | None = None,
+    codec: Codec | None = None,
+    scratch: Path,
+) -> None:
+    """Look at one upload alone, as `receive` does; `scratch` is a folder for what is unpacked on the way.
+
+    Raises:
+        ValueError: what is wrong with it; names the device and no folder of this machine.
+    """
+    try:
+        _Door(embedding_bytes, ancestors, lora, codec, scratch, {}).inspect(upload, arrivals=1)
+    except (ValueError, OSError) as fault:
+        raise ValueError(_reason(upload, fault, scratch)) from None
+
+
 def materialise(
     upload: Upload,
     ancestor: Checkpoint,

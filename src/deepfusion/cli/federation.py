@@ -1,0 +1,73 @@
+"""Commands about federations of devices elsewhere."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deepfusion.cli.app import STDOUT, app, emit, guarded
+from deepfusion.cli.options import AsJson, Overrides
+from deepfusion.config import Recipe, tree
+
+federation = typer.Typer(
+    name="federation", no_args_is_help=True, rich_markup_mode="markdown",
+    help="Devices on machines of their own, by Flower.",
+)  # fmt: skip
+app.add_typer(federation)
+
+
+@federation.command()
+@guarded
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="A recipe file, or an embedded recipe's name.")
+    ] = "federation",
+    overrides: Overrides = None,
+    hosts: Annotated[
+        list[str] | None, typer.Option("--host", help="A name or address that devices know the server by; repeatable.")
+    ] = None,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Of the server.")] = 8000,
+    as_json: AsJson = False,
+) -> None:
+    """Make a federation's folder: recipe, certificates, a key for each device, and Flower's app and config.
+
+    Needs Flower: `pip install 'deepfusion-moe[federation]'`.
+
+    Example: `deepfusion federation init clinic --host fusion.example.org --set federation.devices='[north, south]'`
+    """
+    try:
+        from deepfusion.federation import project
+    except ModuleNotFoundError as error:
+        raise ValueError(f"a federation needs {error.name}: pip install 'deepfusion-moe[federation]'") from None
+    file, at = tree.locate(recipe)
+    fields = tree.read(file)
+    tree.resolve_paths(fields, at)
+    for setting in overrides or ():
+        tree.override(fields, setting)
+    tree.resolve_paths(fields, Path())
+    chosen = Recipe.parse(fields, origin=recipe)
+    names = hosts or ["127.0.0.1", "localhost"]
+    made = project.init(folder, chosen, fields, names, port)
+    server, device = shlex.join(project.superlink(port)), shlex.join(project.supernode(names[0], port))
+    devices = list(chosen.federation.devices) if chosen.federation else []
+    if as_json:
+        emit({"folder": str(folder), "devices": devices, "server": server, "device": device})
+        return
+    lines = [
+        f"{made.root} is ready. Carry devices/NAME to each device, over a channel you trust: it holds its private key.",
+        "",
+        f"server, in {folder}:",
+        f"  {server}",
+        "and in a second terminal, in the same folder, once:",
+        "  export FLWR_HOME=$PWD",
+        f"  for key in keys/*.pub; do flwr supernode register $key {project.CONNECTION}; done",
+        f"  flwr run app {project.CONNECTION} --stream",
+        "",
+        "each device, in its folder, once device.yaml names its text:",
+        f"  {device}",
+    ]
+    STDOUT.print("\n".join(lines), markup=False, soft_wrap=True)

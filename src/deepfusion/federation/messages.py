@@ -1,0 +1,165 @@
+"""What server and device say to each other, as records of Flower.
+
+The server sends a device its *order* (a message of type `train`): the recipe's `device` section, where to start from,
+and the public text. The reply announces the upload by its signed manifest and carries it, or the first piece of it.
+What is larger than a piece is asked for with `query.piece`; `query.verdict` tells the device what became of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+import zstandard
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from pydantic import BaseModel, ConfigDict
+
+from deepfusion.config import DevicePhase, MadeModel
+
+ORDER, PIECE, VERDICT = "train", "query.piece", "query.verdict"
+MOST_TEXT = 2**32  # bytes of public text that a device unpacks
+
+
+class Order(BaseModel):
+    """What a device is to do; its digest is part of the upload's manifest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run: str  # the recipe's name
+    device: str
+    seed: int
+    ancestor: str  # its name in the recipe
+    lineage: str  # of the ancestor: architecture, shapes, weights and tokenizer
+    made: MadeModel | None  # how to make it; none: the device has a copy
+    made_seed: int
+    phase: DevicePhase
+    piece_bytes: int
+    texts: dict[str, str]  # name of a file of public text → SHA-256
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over everything in it."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """A device's signed manifest."""
+
+    manifest: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes of an upload."""
+
+    of: str  # the digest of its manifest
+    offset: int
+    content: bytes
+
+
+def order(given: Order, texts: dict[str, bytes]) -> RecordDict:
+    """An order, and the public text that it is about."""
+    packed = {name: zstandard.compress(text) for name, text in texts.items()}
+    record = ConfigRecord({"order": given.model_dump_json()})
+    return RecordDict({"order": record, "texts": _arrays(packed)})
+
+
+def read_order(message: Message) -> tuple[Order, dict[str, bytes]]:
+    """The same again.
+
+    Raises:
+        ValueError: the text is not what the order says.
+    """
+    given = Order.model_validate_json(str(_config(message, "order")["order"]))
+    texts: dict[str, bytes] = {}
+    for name, packed in _contents(message, "texts").items():
+        with zstandard.ZstdDecompressor().stream_reader(packed) as stream:
+            texts[name] = stream.read(MOST_TEXT)
+    if {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()} != given.texts:
+        raise ValueError("the public text that came with the order is not the one that it names")
+    return given, texts
+
+
+def reply(announcement: Announcement | None, piece: Piece | None, failed: str = "") -> RecordDict:
+    """What a device answers: its manifest and a piece of its upload, or why there is none."""
+    fields: dict[str, Any] = {"failed": failed}
+    if announcement is not None:
+        fields |= {"manifest": announcement.manifest, "signature": announcement.signature}
+    if piece is None:
+        return RecordDict({"reply": ConfigRecord(fields)})
+    fields |= {"of": piece.of, "offset": piece.offset}
+    return RecordDict({"reply": ConfigRecord(fields), "piece": _arrays({"piece": piece.content})})
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The same again, as far as it is one."""
+
+    failed: str
+    announcement: Announcement | None
+    piece: Piece | None
+
+    @classmethod
+    def read(cls, message: Message) -> Self:
+        """What a device answered.
+
+        Raises:
+            ValueError: it is no answer of a device of ours.
+        """
+        fields = _config(message, "reply")
+        failed, manifest, signature = (fields.get(name) for name in ("failed", "manifest", "signature"))
+        of, offset = fields.get("of"), fields.get("offset")
+        announcement = piece = None
+        if isinstance(manifest, bytes) and isinstance(signature, bytes):
+            announcement = Announcement(manifest, signature)
+        if isinstance(of, str) and isinstance(offset, int):
+            piece = Piece(of, offset, _contents(message, "piece").get("piece", b""))
+        return cls(str(failed or "")[:1000], announcement, piece)
+
+
+def ask(of: str, offset: int, length: int) -> RecordDict:
+    """Ask for a piece."""
+    return RecordDict({"ask": ConfigRecord({"of": of, "offset": offset, "length": length})})
+
+
+def read_ask(message: Message) -> tuple[str, int, int]:
+    """The same again."""
+    fields = _config(message, "ask")
+    return str(fields["of"]), int(cast("int", fields["offset"])), int(cast("int", fields["length"]))
+
+
+def verdict(state: str, reason: str) -> RecordDict:
+    """Tell what became of an upload."""
+    return RecordDict({"verdict": ConfigRecord({"state": state, "reason": reason})})
+
+
+def read_verdict(message: Message) -> tuple[str, str]:
+    """The same again."""
+    fields = _config(message, "verdict")
+    return str(fields["state"]), str(fields["reason"])
+
+
+def _config(message: Message, name: str) -> ConfigRecord:
+    try:
+        return message.content.config_records[name]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"the message has no {name}") from error
+
+
+def _arrays(contents: dict[str, bytes]) -> ArrayRecord:
+    """Bytes as arrays, which Flower cuts into chunks that travel, and come again, one by one."""
+    made = {
+        name: Array(dtype="uint8", shape=(len(content),), stype="bytes", data=content)
+        for name, content in contents.items()
+    }
+    return ArrayRecord(made)
+
+
+def _contents(message: Message, name: str) -> dict[str, bytes]:
+    if name not in message.content.array_records:
+        return {}
+    return {str(key): array.data for key, array in message.content.array_records[name].items()}

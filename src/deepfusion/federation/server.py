@@ -1,0 +1,317 @@
+"""The ServerApp: it gives each device its order, collects uploads until quorum or deadline, and runs the method.
+
+It works in the folder that `deepfusion federation init` made, from which `flower-superlink` is started. What it has
+collected is in `inbox/` there; killed and run again, it goes on with that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from flwr.app import Context, Message
+from flwr.serverapp import Grid, ServerApp
+
+from deepfusion import pipeline
+from deepfusion.artifacts import Upload
+from deepfusion.config import Federation, Recipe, Runtime
+from deepfusion.engine import Watcher
+from deepfusion.errors import InputError
+from deepfusion.federation import messages
+from deepfusion.federation.inbox import Inbox, Verdict, started
+from deepfusion.federation.messages import ORDER, PIECE, VERDICT, Order, Reply
+from deepfusion.federation.project import Project, node_keys
+from deepfusion.phases import upload as door
+from deepfusion.pipeline import Fleet, Received
+from deepfusion.steps import sent_by
+
+BESIDE_WEIGHTS = 2**26  # bytes of an upload beside its weights: config, tokenizer, headers
+POLL_S = 1.0
+app = ServerApp()
+
+
+class Net(Protocol):
+    """What collecting needs of Flower's `Grid`."""
+
+    def get_nodes(self) -> Any:
+        """The nodes that are there."""
+        ...
+
+    def push_messages(self, messages: Any) -> Any:
+        """Send."""
+        ...
+
+    def pull_messages(self, message_ids: Any) -> Any:
+        """Replies that have come."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A message that is not answered yet."""
+
+    id: str
+    kind: str
+    at: float
+    activated: str  # when its node was last activated: a node that has come again since has lost the message
+
+
+@dataclass
+class Talk:
+    """How far the server is with one device."""
+
+    device: str
+    sent: Sent | None = None
+    told: bool = False
+    troubles: list[str] = field(default_factory=list[str])
+    not_before: float = 0.0
+
+
+class Collector:
+    """Collects the uploads of a fleet.
+
+    Args:
+        net: reaches the devices.
+        config: the recipe's federation.
+        orders: device → its order.
+        texts: the public text that goes with an order, by the file's name.
+        inbox: where uploads arrive.
+        devices_of: public key of a node → the device.
+        say: told of all that happens, line by line.
+    """
+
+    def __init__(
+        self,
+        net: Net,
+        config: Federation,
+        orders: Mapping[str, Order],
+        texts: Mapping[str, bytes],
+        inbox: Inbox,
+        devices_of: Mapping[bytes, str],
+        say: Callable[[str], None],
+    ) -> None:
+        self.net, self.config, self.orders, self.texts = net, config, orders, texts
+        self.inbox, self.devices_of, self.say = inbox, devices_of, say
+        self.talks = {device: Talk(device) for device in orders}
+
+    def collect(self, deadline: float, now: Callable[[], float] = time.time, rest: float = POLL_S) -> None:
+        """Until every device is decided about, or there is a quorum and the others had their time, or the deadline."""
+        enough_since: float | None = None
+        while True:
+            self.step(now())
+            states = [verdict.state if verdict else None for verdict in map(self.inbox.verdict, self.orders)]
+            if None not in states or now() >= deadline:
+                break
+            if states.count("accepted") >= self.config.quorum:
+                enough_since = now() if enough_since is None else enough_since
+                if now() - enough_since >= self.config.grace_s:
+                    break
+            time.sleep(rest)
+
+    def tell(self, seconds: float, now: Callable[[], float] = time.time, rest: float = POLL_S) -> None:
+        """Tell the devices that are there what became of their uploads, for a while."""
+        end = now() + seconds
+        while now() < end and any(talk.sent or not talk.told for talk in self.talks.values() if self._decided(talk)):
+            if not self.step(now(), only_verdicts=True):
+                break
+            time.sleep(rest)
+
+    def step(self, now: float, *, only_verdicts: bool = False) -> bool:
+        """Hear every device that has answered, and say the next thing to all that are there; whether any is."""
+        nodes: dict[str, Any] = {}
+        for node in self.net.get_nodes():
+            if (device := self.devices_of.get(bytes(node.public_key))) in self.talks:
+                nodes[device] = node
+        busy = False
+        for device, talk in self.talks.items():
+            self._hear(talk, nodes.get(device), now)
+            if device in nodes and talk.sent is None and now >= talk.not_before:
+                if only_verdicts and not self._decided(talk):
+                    continue
+                self._say_next(talk, nodes[device], now)
+            busy = busy or (talk.sent is not None and (not only_verdicts or self._decided(talk)))
+        return busy
+
+    def received(self) -> Received:
+        """What there is for the method, and why the others are left out."""
+        uploads: dict[str, Upload] = {}
+        failures: dict[str, str] = {}
+        for device, talk in self.talks.items():
+            verdict = self.inbox.verdict(device)
+            if verdict and verdict.state == "accepted":
+                uploads[device] = self.inbox.upload(device)
+            elif verdict:
+                failures[device] = verdict.reason
+            elif talk.troubles:
+                failures[device] = talk.troubles[-1]
+            elif wanted := self.inbox.wanted(device):
+                failures[device] = f"only {wanted.offset} of {wanted.size} bytes had come when collecting ended"
+            else:
+                failures[device] = "it sent nothing while uploads were collected"
+        return Received(uploads, failures)
+
+    def _decided(self, talk: Talk) -> bool:
+        return self.inbox.verdict(talk.device) is not None
+
+    def _hear(self, talk: Talk, node: Any, now: float) -> None:
+        if (sent := talk.sent) is None:
+            return
+        for reply in self.net.pull_messages([sent.id]):  # one at a time: memory holds one piece
+            talk.sent = None
+            self._take(talk, sent, reply, now)
+            return
+        lost = node is not None and node.last_activated_at != sent.activated
+        if lost or (sent.kind != ORDER and now - sent.at > self.config.patience_s):
+            talk.sent = None
+
+    def _take(self, talk: Talk, sent: Sent, message: Message, now: float) -> None:
+        device = talk.device
+        if message.has_error():
+            self.say(f"{device}: lost on the way ({message.error.reason}); it is asked again")
+            return
+        try:
+            reply = Reply.read(message)
+            if sent.kind == VERDICT:
+                talk.told = True
+            elif reply.failed:
+                self._trouble(talk, reply.failed, now)
+            else:
+                self._keep(device, reply)
+        except ValueError as fault:
+            self._trouble(talk, str(fault), now)
+
+    def _keep(self, device: str, reply: Reply) -> None:
+        before = self.inbox.wanted(device)
+        if (said := reply.announcement) is not None:
+            self.inbox.announce(device, self.orders[device].digest, said.manifest, said.signature)
+        if (piece := reply.piece) is not None:
+            self.inbox.add(device, piece.of, piece.offset, piece.content)
+        wanted = self.inbox.wanted(device)
+        if wanted is None:
+            return
+        if before is not None and wanted.digest == before.digest and wanted.offset == before.offset:
+            raise ValueError("it answers without the bytes that it was asked for")
+        self.say(f"{device}: {wanted.offset:,} of {wanted.size:,} bytes")
+        if wanted.offset == wanted.size:
+            if (verdict := self.inbox.settle(device)) is None:
+                raise ValueError("its bytes are not those that it announced")
+            self.say(f"{device}: {verdict.state}{': ' * bool(verdict.reason)}{verdict.reason}")
+
+    def _trouble(self, talk: Talk, reason: str, now: float) -> None:
+        talk.troubles.append(reason)
+        self.say(f"{talk.device}: {reason}")
+        if len(talk.troubles) >= self.config.attempts:
+            self.inbox.decide(Verdict(device=talk.device, state="rejected", reason=reason))
+        talk.not_before = now + min(self.config.patience_s, 2.0 ** len(talk.troubles))
+
+    def _say_next(self, talk: Talk, node: Any, now: float) -> None:
+        device = talk.device
+        if verdict := self.inbox.verdict(device):
+            if talk.told:
+                return
+            kind, content = VERDICT, messages.verdict(verdict.state, verdict.reason)
+        elif wanted := self.inbox.wanted(device):
+            kind, content = PIECE, messages.ask(wanted.digest, wanted.offset, self.config.piece_bytes)
+        else:
+            kind, content = ORDER, messages.order(self.orders[device], dict(self.texts))
+        message = Message(content, dst_node_id=node.node_id, message_type=kind)
+        for sent in self.net.push_messages([message]):
+            if sent is not None:
+                talk.sent = Sent(sent, kind, now, node.last_activated_at)
+
+
+def collector(net: Net, project: Project, recipe: Recipe, fleet: Fleet, say: Callable[[str], None]) -> Collector:
+    """A collector for a project's recipe, with everything that it needs."""
+    config = recipe.federation
+    if config is None:
+        raise InputError(f"{project.recipe} has no `federation` section")
+    if recipe.device.encoder != "hashing":
+        raise InputError(
+            f"{project.recipe}: device.encoder: devices elsewhere have no {recipe.device.encoder}: hashing"
+        )
+    texts = {path.name: path.read_bytes() for path in (fleet.corpus.public, fleet.corpus.questions)}
+    named = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
+    orders = {
+        one.device: Order(
+            run=recipe.name,
+            device=one.device,
+            seed=one.seed,
+            ancestor=one.name,
+            lineage=one.ancestor.lineage,
+            made=recipe.models.ancestors[one.name].make,
+            made_seed=one.made_seed,
+            phase=recipe.device,
+            piece_bytes=config.piece_bytes,
+            texts=named,
+        )
+        for one in fleet.orders
+    }
+    ancestors = {one.name: one.ancestor for one in fleet.orders}
+
+    def check(upload: Upload) -> None:
+        door.inspect(
+            upload,
+            embedding_bytes=recipe.device.embedding_bytes,
+            ancestors=ancestors,
+            scratch=project.inbox / "unpacked",
+            **sent_by(recipe.device),
+        )
+
+    most = {one.device: 4 * one.ancestor.parameters + BESIDE_WEIGHTS for one in fleet.orders}
+    inbox = Inbox(project.inbox, project.keys, check, most)
+    return Collector(net, config, orders, texts, inbox, node_keys(project.keys, config.devices), say)
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Collect, and run the method on what was accepted."""
+    project = Project(Path.cwd())
+    recipe = Recipe.load(project.recipe)
+    runtime = Runtime(workers=int(context.run_config.get("workers", 1)))
+    watch = Lines()
+    fleet = pipeline.prepare(recipe, project.run, runtime, watch)
+    collecting = collector(grid, project, recipe, fleet, print_line)
+    assert recipe.federation is not None
+    again = float(context.run_config.get("deadline-s", 0))
+    begun = time.time() if again else started(project.inbox, time.time())
+    collecting.collect(begun + (again or recipe.federation.deadline_s))
+    received = collecting.received()
+    for device, reason in received.failures.items():
+        print_line(f"{device} is left out: {reason}")
+    collecting.tell(recipe.federation.patience_s)
+    if len(received.uploads) < recipe.federation.quorum:
+        raise InputError(
+            f"{len(received.uploads)} uploads are accepted, and federation.quorum is {recipe.federation.quorum}: run "
+            "it again with --run-config deadline-s=3600 to wait for more, or lower the quorum"
+        )
+    report = pipeline.run(recipe, project.run, runtime, watch, received=received)
+    print_line(f"model {project.run / 'moe'}, report {project.run / 'report.html'}, {report.headline}")
+
+
+def print_line(line: str) -> None:
+    """Say a line where `flwr run --stream` shows it."""
+    print(f"deepfusion: {line}", flush=True)
+
+
+class Lines(Watcher):
+    """Shows steps as lines."""
+
+    def started(self, name: str, folder: Path) -> None:
+        """Nothing to say yet."""
+
+    def finished(self, name: str, seconds: float, cached: bool) -> None:
+        """A step is done."""
+        if not cached:
+            print_line(f"done {name} {seconds:.1f} s")
+
+    def failed(self, name: str, reason: str) -> None:
+        """A step is given up."""
+        print_line(f"failed {name}: {reason}")
+
+    def message(self, text: str) -> None:
+        """Something worth knowing."""
+        print_line(text)
