@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 QUIET_LIBRARIES := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false FLWR_TELEMETRY_ENABLED=0
 
-.PHONY: help demo check test test-slow docs bench bench-tables clean
+.PHONY: help demo check test test-slow test-federation docs bench bench-tables clean
 .DELETE_ON_ERROR:
 
 help:
@@ -11,6 +11,7 @@ help:
 	@echo "make check      lint, format, types"
 	@echo "make test       every fast test"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-federation  Flower processes on this machine: a few minutes"
 	@echo "make docs       the documentation site, into site/"
 	@echo "make bench      the benchmarks, into benchmarks/"
 	@echo "make bench-tables  the paper's tables, small, into runs/tables-*: up to an hour on two cores"
@@ -42,6 +43,9 @@ test: .venv/dev.stamp
 
 test-slow: .venv/dev.stamp
 	$(QUIET_LIBRARIES) OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow
+
+test-federation: .venv/dev.stamp
+	$(QUIET_LIBRARIES) OMP_NUM_THREADS=1 $(BIN)/pytest tests/federation -m federation
 
 docs: .venv/dev.stamp
 	$(BIN)/python -m deepfusion.reference > docs/recipes.md

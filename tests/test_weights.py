@@ -3,12 +3,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
 from deepfusion import weights
 from deepfusion.artifacts import file_digest
-from deepfusion.weights import INDEX, WEIGHTS, Part, digest, index, shapes, stored, tensors, write
+from deepfusion.weights import INDEX, WEIGHTS, Part, digest, distance, index, shapes, stored, stored_in, tensors, write
 from fuse import Blown, Fuse, contents, written
 
 HELD: dict[str, Tensor] = {
@@ -176,3 +178,54 @@ def test_faults_are_named(tmp_path: Path) -> None:
     (tmp_path / WEIGHTS).write_bytes((tmp_path / WEIGHTS).read_bytes()[: one.start + 4])
     with pytest.raises(ValueError, match="is shorter than its header says"):
         one.read()
+
+
+def with_header(path: Path, header: bytes, data: bytes = b"\0" * 8) -> Path:
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return path
+
+
+ONE = b'"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+
+
+def test_a_name_that_stands_twice_in_a_header_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"twice|not a readable"):
+        stored_in(with_header(tmp_path / "a.safetensors", b"{" + ONE + b"," + ONE + b"}"))
+
+
+def test_a_header_of_no_end_is_refused_unread(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match="may have"):
+        stored_in(tmp_path / "a.safetensors")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.integers(0, len(ONE) + 1), put=st.binary(max_size=4), cut=st.integers(0, 6), data=st.integers(0, 16))
+@example(at=2, put=b"", cut=0, data=7)
+def test_any_header_is_read_or_refused(at: int, put: bytes, cut: int, data: int, tmp_path: Path) -> None:
+    header = b"{" + ONE + b"}"
+    path = with_header(tmp_path / "a.safetensors", header[:at] + put + header[at + cut :], b"\0" * data)
+    try:
+        found = stored_in(path)
+    except ValueError:
+        return
+    for one in found.values():
+        assert one.read().nbytes <= data
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    for name in ("x.safetensors", "y.safetensors"):
+        with_header(tmp_path / name, b"{" + ONE + b"}")
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}})
+    )
+    with pytest.raises(ValueError, match=r"tensor a is in x\.safetensors and again in y\.safetensors"):
+        stored(tmp_path)
+
+
+def test_distances_by_hand(tmp_path: Path) -> None:
+    for name, values in (("now", [1.0, 2.0]), ("before", [4.0, -2.0])):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, [Part.of("a", torch.tensor(values))])
+    changed, whole = distance(stored(tmp_path / "now"), stored(tmp_path / "before"))
+    assert (changed, whole) == (5.0, pytest.approx(20**0.5))

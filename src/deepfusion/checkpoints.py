@@ -272,6 +272,23 @@ def validate(folder: Path) -> None:
     check_finite(folder)
 
 
+def validate_descendant(folder: Path, ancestor: Path) -> None:
+    """Make sure that a valid checkpoint is what training makes of another: its tensors in their shapes, its tokenizer.
+
+    Raises:
+        ValueError: names the tensor, or the tokenizer, that another model has.
+    """
+    expected, held = trained_shapes(ancestor), stored(folder)
+    found = named_as(expected, folder)
+    for name, shape in expected.items():
+        if name in found and found[name].shape != shape:
+            raise ValueError(f"{folder}: tensor {name} has shape {found[name].shape}, and its ancestor's is {shape}")
+    if more := len(held) - len(expected):
+        raise ValueError(f"{folder} has {abs(more)} tensors {'more' if more > 0 else 'fewer'} than its ancestor")
+    if tokenizer_fingerprint(open_tokenizer(folder)) != tokenizer_fingerprint(open_tokenizer(ancestor)):
+        raise ValueError(f"{folder}: its tokenizer is not its ancestor's")
+
+
 def check_finite(folder: Path) -> None:
     """Read a checkpoint through, a block of a tensor in memory.
 

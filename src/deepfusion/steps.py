@@ -31,7 +31,7 @@ STEPS: dict[str, tuple[str, type[Artifact], int]] = {
     "make": ("deepfusion.ancestors:make", Checkpoint, 1),
     "take": ("deepfusion.ancestors:take", Checkpoint, 2),
     "device": ("deepfusion.phases.device:train_device", Upload, 1),
-    "upload": ("deepfusion.phases.upload:receive", Intake, 1),
+    "upload": ("deepfusion.phases.upload:receive", Intake, 2),
     "materialise": ("deepfusion.phases.upload:materialise", Upload, 1),
     "cluster": ("deepfusion.phases.cluster:cluster", Clusters, 1),
     "proxy": ("deepfusion.phases.proxy:average", Proxy, 1),

@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,6 +26,7 @@ from torch import Tensor
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 2**30
 BLOCK = 2**18  # elements that are worked on at a time: in float32 they fit into a core's cache, four times as fast
+MOST_HEADER = 2**24  # bytes of a file's header: a hundred thousand tensors
 AHEAD = 8  # blocks that wait to be written
 Shape = tuple[torch.dtype, tuple[int, ...]]
 METADATA = {"format": "pt"}  # of a file of weights
@@ -127,7 +129,10 @@ def index(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for file in files:
         with _opened(file) as stream:
-            found.update(dict.fromkeys(stream.keys(), file))
+            for name in stream.keys():  # noqa: SIM118 (no mapping)
+                if name in found:
+                    raise ValueError(f"{folder}: tensor {name} is in {found[name].name} and again in {file.name}")
+                found[name] = file
     return dict(sorted(found.items()))
 
 
@@ -180,6 +185,16 @@ def digest(folder: Path) -> str:
     return sha.hexdigest()
 
 
+def distance(held: Mapping[str, Stored], before: Mapping[str, Stored]) -> tuple[float, float]:
+    """L2 norms over all tensors, block by block: of what changed since `before`, and of what was there before."""
+    changed = whole = 0.0
+    for name, one in held.items():
+        for here, there in zip(one.through(), before[name].through(), strict=True):
+            changed += float(torch.linalg.vector_norm(here.double() - there.double())) ** 2
+            whole += float(torch.linalg.vector_norm(there.double())) ** 2
+    return math.sqrt(changed), math.sqrt(whole)
+
+
 def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield a checkpoint's tensors by name, one in memory at a time."""
     for name, one in stored(folder).items():
@@ -190,14 +205,26 @@ def _header(file: Path) -> dict[str, Any]:
     """What a file that the library has found sound says of each tensor, and where the tensor's bytes `start`."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        entries: dict[str, Any] = json.loads(stream.read(length))
+        entries: dict[str, Any] = json.loads(stream.read(length), object_pairs_hook=partial(_once, file))
     entries.pop("__metadata__", None)
     return {name: entry | {"start": 8 + length + entry["data_offsets"][0]} for name, entry in entries.items()}
+
+
+def _once(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object none of whose keys comes twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{file}: its header has {next(n for n in names if names.count(n) > 1)[:200]!r} twice")
+    return found
 
 
 @contextmanager
 def _opened(file: Path) -> Generator[Any]:
     try:
+        with file.open("rb") as stream:
+            if (length := int.from_bytes(stream.read(8), "little")) > MOST_HEADER:
+                raise ValueError(f"{file} has a header of {length} bytes, and may have {MOST_HEADER}")
         with safe_open(file, framework="pt") as stream:
             yield stream
     except (SafetensorError, FileNotFoundError) as error:

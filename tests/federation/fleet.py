@@ -91,6 +91,10 @@ class Fleet:
         process.kill()
         process.wait()
 
+    def ended(self, name: str) -> bool:
+        """Whether a process has come to its end by itself."""
+        return self.running[name].poll() is not None
+
     def log(self, name: str) -> str:
         """What a process has printed so far."""
         path = self.logs / f"{name}.log"

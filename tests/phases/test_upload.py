@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from deepfusion import adapters
 from deepfusion.artifacts import Checkpoint, Intake, Upload
-from deepfusion.checkpoints import open_model
+from deepfusion.checkpoints import as_checkpoint, open_model
 from deepfusion.config import LoRA
 from deepfusion.encoders import quantise
-from deepfusion.phases.upload import receive, upload_bytes
+from deepfusion.phases.upload import COHORT, inspect, outliers, receive, upload_bytes
 from pico import pico, pico_checkpoint
 
 EMBEDDING = bytes([1, 2, 3, 4, 5, 6, 7, 8])
@@ -348,3 +348,35 @@ def test_what_is_sent_is_what_was_asked_for(
     assert words in turned_away([fleet[0], adapters_sent[1]], {"tiny": ancestor}, into)
     words = "it sends its adapter alone, which is not what device.upload asks for"
     assert words in rejection([adapters_sent[0], fleet[1]], into)
+
+
+def test_one_that_is_far_from_all_others_stands_out() -> None:
+    near = {f"d{number}": 1.0 + number / 10 for number in range(COHORT - 1)}
+    assert list(outliers({"tiny": near | {"far": 30.0}})) == ["far"]
+    assert "25 times as far from tiny as the median of 4" in outliers({"tiny": near | {"far": 28.75}})["far"]
+    assert outliers({"tiny": near | {"far": 9.0}}) == {}
+    assert outliers({"tiny": {"d0": 1.0, "d1": 1.0, "far": 1e6}}) == {}  # of three, nobody can say who is wrong
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda u: alter(u, "wpe.weight", torch.zeros(3, 32)), "wpe.weight has shape (3, 32)"),
+        (lambda u: alter(u, "wte.weight", torch.full((320, 32), 1e9)), "times as far from its ancestor's"),
+        (lambda u: (u.model / "tokenizer.json").write_bytes(b" " * (2**26 + 1)), "and may have 67108864"),
+        (lambda u: (u.model / "modeling.py").write_text("raise SystemExit"), "is no part of a checkpoint"),
+    ],
+)
+def test_a_model_is_held_against_its_ancestor(
+    change: Callable[[Upload], object], words: str, tmp_path: Path, checkpoint: Path
+) -> None:
+    shutil.copytree(checkpoint, tmp_path / "ancestor")
+    ancestor = as_checkpoint(tmp_path / "ancestor")
+    facts = {name: getattr(ancestor, name) for name in ("lineage", "parameters", "active_parameters")}
+    upload = changed(made(tmp_path, checkpoint, "a"), **facts)
+    inspect(upload, embedding_bytes=8, ancestors={"tiny": ancestor}, scratch=tmp_path / "scratch")
+    change(upload)
+    with pytest.raises(ValueError, match="device a: ") as told:
+        inspect(upload, embedding_bytes=8, ancestors={"tiny": ancestor}, scratch=tmp_path / "scratch")
+    assert words in str(told.value)
+    assert str(tmp_path) not in str(told.value)

@@ -10,13 +10,20 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from statistics import median
 
 from deepfusion import adapters, checkpoints, codecs
 from deepfusion.artifacts import Checkpoint, Intake, Rejection, Upload, Work
 from deepfusion.config import Codec, LoRA
 from deepfusion.encoders import decode
 from deepfusion.progress import Ticker
+from deepfusion.weights import distance, stored
 
+TEXT_BYTES = 2**26  # the most that a file beside weights may have, such as a tokenizer's
+SUFFIXES = {".safetensors", ".json", ".jinja", ".txt", ".model"}  # of the files of a checkpoint
+FARTHEST = 100.0  # from its ancestor, relative to that: what no training does
+FARTHER = 10.0  # than the median of an ancestor's descendants, of which there are
+COHORT = 4  # or more
 SCRATCH = ".unpacked"  # for what is unpacked on the way: never part of an artifact
 
 
@@ -49,7 +56,7 @@ def receive(
     arrivals = Counter(upload.device for upload in uploads)
     rejected = {device: f"device {device} never arrived: {failures[device]}" for device in sorted(failures)}
     accepted: dict[str, int] = {}
-    door = _Door(embedding_bytes, ancestors or {}, lora, codec, into / SCRATCH, {})
+    door = _Door(embedding_bytes, ancestors or {}, lora, codec, into / SCRATCH, {}, {})
     ticker = Ticker(into, len(uploads), "uploads")
     for upload in uploads:
         if upload.device not in rejected:
@@ -58,6 +65,9 @@ def receive(
             except (ValueError, OSError) as fault:
                 rejected[upload.device] = _reason(upload, fault, into / SCRATCH)
         ticker.advance(1)
+    for device, reason in outliers(door.distances).items():
+        del accepted[device]
+        rejected[device] = f"device {device}: {reason}"
     rejections = tuple(Rejection(device=device, reason=reason) for device, reason in rejected.items())
     if not accepted:
         reasons = "; ".join(rejected.values()) or "no device sent anything"
@@ -80,7 +90,7 @@ def inspect(
         ValueError: what is wrong with it; names the device and no folder of this machine.
     """
     try:
-        _Door(embedding_bytes, ancestors, lora, codec, scratch, {}).inspect(upload, arrivals=1)
+        _Door(embedding_bytes, ancestors, lora, codec, scratch, {}, {}).inspect(upload, arrivals=1)
     except (ValueError, OSError) as fault:
         raise ValueError(_reason(upload, fault, scratch)) from None
 
@@ -134,6 +144,7 @@ class _Door:
     codec: Codec | None
     scratch: Path
     contents: dict[str, codecs.Contents]  # of packed uploads, by the ancestor's name, once they are known
+    distances: dict[str, dict[str, float]]  # ancestor → device → how far its model is from it, relative to it
 
     def inspect(self, upload: Upload, arrivals: int) -> int:
         """The bytes of a faultless upload.
@@ -151,6 +162,11 @@ class _Door:
             raise ValueError(f"its embedding has {len(embedding)} bytes instead of {self.embedding_bytes}")
         # Links are refused before anything is opened: a model file must not lead to the server's own files.
         size = upload_bytes(upload.sent, embedding)
+        for path in _files(upload.sent):
+            if upload.sends == "model" and path.suffix not in SUFFIXES:
+                raise ValueError(f"{path} is no part of a checkpoint")
+            if path.suffix not in (".safetensors", ".zst") and path.stat().st_size > TEXT_BYTES:
+                raise ValueError(f"{path} has {path.stat().st_size} bytes, and may have {TEXT_BYTES}")
         if upload.sends != ("packed" if self.codec else "adapter" if self.lora else "model"):
             asks = "device.upload asks" if self.codec is None and upload.sends != "packed" else "device.codec asks"
             raise ValueError(f"it sends its {upload.sends} alone, which is not what {asks} for")
@@ -162,9 +178,22 @@ class _Door:
             checkpoints.validate(upload.model)
             if (found := checkpoints.open_config(upload.model).model_type) != upload.model_type:
                 raise ValueError(f"it declares a {upload.model_type} model but holds a {found} model")
+            if self.ancestors:
+                self._compare(upload)
         if size != upload.bytes:
             raise ValueError(f"it declares {upload.bytes} bytes but holds {size}")
         return size
+
+    def _compare(self, upload: Upload) -> None:
+        """Hold a model against what it was trained from."""
+        ancestor = self._ancestor(upload)
+        checkpoints.validate_descendant(upload.model, ancestor.folder)
+        names = checkpoints.shapes(upload.model)
+        changed, whole = distance(stored(upload.model), checkpoints.named_as(names, ancestor.folder))
+        share = changed / whole if whole else changed
+        if share > FARTHEST:
+            raise ValueError(f"its weights are {share:.3g} times as far from its ancestor's as those are from zero")
+        self.distances.setdefault(upload.ancestor, {})[upload.device] = share
 
     def _ancestor(self, upload: Upload) -> Checkpoint:
         """What an adapter or packed upload starts from, which is ours: what the device says of it must be true."""
@@ -202,6 +231,24 @@ def _files(folder: Path) -> list[Path]:
         if path.is_file():
             files.append(path)
     return files
+
+
+def outliers(distances: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+    """Device → why its model does not belong to the others: it is many times as far from their ancestor.
+
+    Args:
+        distances: Ancestor → device → how far its model is from it.
+    """
+    found: dict[str, str] = {}
+    for ancestor, those in distances.items():
+        middle = median(those.values())
+        for device, share in those.items():
+            if len(those) >= COHORT and share > FARTHER * middle > 0:
+                found[device] = (
+                    f"its weights are {share / middle:.3g} times as far from {ancestor} as the median of {len(those)} "
+                    "devices"
+                )
+    return found
 
 
 def _reason(upload: Upload, fault: Exception, scratch: Path) -> str:
