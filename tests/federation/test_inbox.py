@@ -148,8 +148,10 @@ def test_bytes_that_were_not_asked_for(
         box.add("north", of, offset, piece)
 
 
-NAMES = ["../x.json", "model/../../x.json", "/etc/passwd", "model/.hidden.json", "model/a.py", "model/a.bin", "model",
-         "model/a.json\n", "packed/a.json", "model/a b.json", "model/sub/a.json", "model/" + "a" * 300 + ".json"]  # fmt: skip
+NAMES = [
+    "../x.json", "model/../../x.json", "/etc/passwd", "model/.hidden.json", "model/a.py", "model/a.bin", "model",
+    "model/a.json\n", "packed/a.json", "model/a b.json", "model/sub/a.json", "model/" + "a" * 300 + ".json",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
