@@ -43,9 +43,9 @@ class Work(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tokens: int = 0
-    forward: float = 0.0
-    backward: float = 0.0
+    tokens: int = Field(default=0, ge=0)
+    forward: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    backward: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
     @property
     def token_parameters(self) -> float:
@@ -185,7 +185,7 @@ class Upload(Artifact):
     lineage: str
     parameters: int
     active_parameters: int
-    tokens: int  # private tokens it was trained on, counted once
+    tokens: int = Field(ge=0)  # private tokens it was trained on, counted once
     embedding: str  # e_n, int8, hex
     bytes: int  # size of what is sent plus e_n (Eq. 5)
     losses: tuple[tuple[int, float], ...] = ()

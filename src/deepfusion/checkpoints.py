@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -81,7 +82,7 @@ def open_config(folder: Path) -> PreTrainedConfig:
         fields: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{folder} is not a checkpoint: it has no config.json") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path} is not a JSON object")
@@ -273,11 +274,16 @@ def validate(folder: Path) -> None:
 
 
 def validate_descendant(folder: Path, ancestor: Path) -> None:
-    """Make sure that a valid checkpoint is what training makes of another: its tensors in their shapes, its tokenizer.
+    """Make sure that a valid checkpoint is what training makes of another: of its config, shapes and tokenizer.
 
     Raises:
-        ValueError: names the tensor, or the tokenizer, that another model has.
+        ValueError: names the field of the config or the tensor, or says that it is the tokenizer, that differs.
     """
+    said, known = (_architecture(open_config(one)) for one in (folder, ancestor))
+    for field in sorted({*said, *known}):
+        if (here := said.get(field)) != (there := known.get(field)):
+            fault = f"{field[:100]} is {str(here)[:100]}, and its ancestor's is {str(there)[:100]}"
+            raise ValueError(f"{folder}/config.json: {fault}")
     expected, held = trained_shapes(ancestor), stored(folder)
     found = named_as(expected, folder)
     for name, shape in expected.items():
@@ -287,6 +293,12 @@ def validate_descendant(folder: Path, ancestor: Path) -> None:
         raise ValueError(f"{folder} has {abs(more)} tensors {'more' if more > 0 else 'fewer'} than its ancestor")
     if tokenizer_fingerprint(open_tokenizer(folder)) != tokenizer_fingerprint(open_tokenizer(ancestor)):
         raise ValueError(f"{folder}: its tokenizer is not its ancestor's")
+
+
+def _architecture(config: PreTrainedConfig) -> dict[str, Any]:
+    """What of a config says which function its weights stand for."""
+    elsewhere = _NOT_ARCHITECTURE | set(GenerationConfig().to_dict())  # saving a model moves those of generation
+    return {field: value for field, value in config.to_dict().items() if field not in elsewhere}
 
 
 def check_finite(folder: Path) -> None:

@@ -117,7 +117,7 @@ def index(folder: Path) -> dict[str, Path]:
             names = {
                 str(name) for name in json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
             }
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{folder / INDEX} is not an index of safetensors files") from None
         if outside := [name for name in names if Path(name).name != name]:
             raise ValueError(f"{folder / INDEX} points outside its folder: {outside[0]}")

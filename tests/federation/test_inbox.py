@@ -224,3 +224,23 @@ def test_no_bit_of_a_manifest_can_be_turned(at: int, bit: int, project: Project,
 def test_the_deadline_counts_from_the_first_start(tmp_path: Path) -> None:
     assert started(tmp_path, 5.0) == 5.0
     assert started(tmp_path, 9.0) == 5.0
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"tokens": -1}, "tokens: "),
+        ({"work": {"forward": float("nan")}}, "work.forward: "),
+        ({"work": {"tokens": -3}}, "work.tokens: "),
+    ],
+)
+def test_facts_that_cannot_be_are_refused(record: dict[str, Any], words: str, upload: Upload) -> None:
+    fields = json.loads(Manifest.of(upload, "o").content)
+    with pytest.raises(ValueError, match=f"its manifest is not one: {words}"):
+        Manifest.read(json.dumps(fields | {"record": fields["record"] | record}).encode())
+
+
+def test_a_record_may_leave_out_what_has_a_default(upload: Upload) -> None:
+    fields = json.loads(Manifest.of(upload, "o").content)
+    del fields["record"]["sends"]
+    assert Manifest.read(json.dumps(fields).encode()).files[0].name.startswith("model/")

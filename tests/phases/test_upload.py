@@ -380,3 +380,57 @@ def test_a_model_is_held_against_its_ancestor(
         inspect(upload, embedding_bytes=8, ancestors={"tiny": ancestor}, scratch=tmp_path / "scratch")
     assert words in str(told.value)
     assert str(tmp_path) not in str(told.value)
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+def configured(upload: Upload, **fields: Any) -> None:
+    config = upload.model / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda u: (u.model / "config.json").write_text(f'{{"model_type": "gpt2", "x": {DEEP}}}'), "is not JSON"),
+        (
+            lambda u: (
+                weights(u).rename(u.model / "x.safetensors")
+                and (u.model / "model.safetensors.index.json").write_text(DEEP)
+            ),
+            "is not an index of safetensors files",
+        ),
+        (
+            lambda u: configured(u, activation_function="relu"),
+            "activation_function is relu, and its ancestor's is gelu",
+        ),
+        (lambda u: configured(u, n_head=1), "n_head is 1, and its ancestor's is 4"),
+        (lambda u: configured(u, auto_map={"AutoModel": "x.Model"}), "auto_map is {'AutoModel': 'x.Model'}, and its"),
+    ],
+)
+def test_what_a_device_says_never_stops_the_others(
+    change: Callable[[Upload], object], words: str, fleet: list[Upload], checkpoint: Path, into: Path
+) -> None:
+    intake = held_against(change, fleet, checkpoint, into)
+    assert intake.accepted == ("b",)
+    assert words in intake.rejected[0].reason
+
+
+def test_a_model_may_leave_out_the_prefix_of_its_names(fleet: list[Upload], checkpoint: Path, into: Path) -> None:
+    def renamed(upload: Upload) -> None:
+        held = load_file(weights(upload))
+        held = {name.removeprefix("transformer."): tensor for name, tensor in held.items()}
+        save_file(held, weights(upload), metadata={"format": "pt"})
+
+    assert held_against(renamed, fleet, checkpoint, into).accepted == ("a", "b")
+
+
+def held_against(change: Callable[[Upload], object], fleet: list[Upload], checkpoint: Path, into: Path) -> Intake:
+    """The verdict on a, which is changed, and b, both of which say what is true of their ancestor."""
+    shutil.copytree(checkpoint, into.parent / "ancestor")
+    ancestor = as_checkpoint(into.parent / "ancestor")
+    change(fleet[0])
+    facts = {name: getattr(ancestor, name) for name in ("lineage", "parameters", "active_parameters")}
+    uploads = [changed(one, **facts, bytes=upload_bytes(one.model, EMBEDDING)) for one in fleet]
+    return receive(uploads, {}, embedding_bytes=8, ancestors={"tiny": ancestor}, into=into)

@@ -67,15 +67,15 @@ class Manifest(BaseModel):
             raise ValueError(f"its manifest has {len(content)} bytes, and may have {MOST_BYTES}")
         try:
             made = cls.model_validate_json(content)
-            Upload(folder=Path(), **made.record)
+            facts = Upload(folder=Path(), **made.record)
         except (ValidationError, TypeError) as error:
             raise ValueError(f"its manifest is not one: {_first(error)}") from None
         names = [entry.name for entry in made.files]
         for name in names:
             if len(name) > 200 or not _NAME.fullmatch(name) or Path(name).suffix not in _SUFFIXES:
                 raise ValueError(f"its manifest names the file {name[:80]!r}, which no upload has")
-            if name.partition("/")[0] != made.record["sends"]:
-                raise ValueError(f"its manifest names {name}, but it sends its {made.record['sends']}")
+            if name.partition("/")[0] != facts.sends:
+                raise ValueError(f"its manifest names {name}, but it sends its {facts.sends}")
         if len(set(names)) < len(names):
             raise ValueError("its manifest names a file twice")
         return made

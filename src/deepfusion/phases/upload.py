@@ -17,7 +17,7 @@ from deepfusion.artifacts import Checkpoint, Intake, Rejection, Upload, Work
 from deepfusion.config import Codec, LoRA
 from deepfusion.encoders import decode
 from deepfusion.progress import Ticker
-from deepfusion.weights import distance, stored
+from deepfusion.weights import distance
 
 TEXT_BYTES = 2**26  # the most that a file beside weights may have, such as a tokenizer's
 SUFFIXES = {".safetensors", ".json", ".jinja", ".txt", ".model"}  # of the files of a checkpoint
@@ -188,8 +188,8 @@ class _Door:
         """Hold a model against what it was trained from."""
         ancestor = self._ancestor(upload)
         checkpoints.validate_descendant(upload.model, ancestor.folder)
-        names = checkpoints.shapes(upload.model)
-        changed, whole = distance(stored(upload.model), checkpoints.named_as(names, ancestor.folder))
+        names = list(checkpoints.trained_shapes(ancestor.folder))  # a device may leave out the prefix of its own names
+        changed, whole = distance(*(checkpoints.named_as(names, one) for one in (upload.model, ancestor.folder)))
         share = changed / whole if whole else changed
         if share > FARTHEST:
             raise ValueError(f"its weights are {share:.3g} times as far from its ancestor's as those are from zero")
