@@ -113,7 +113,7 @@ def test_a_model_there_and_back(codec: Codec, tmp_path: Path) -> None:
     packing = codecs.pack(made, ancestor, codec, into=tmp_path / "packed")
     assert [path.name for path in (tmp_path / "packed").iterdir()] == [FILE]
     contents = Contents.of(ancestor, codec, None)
-    codecs.check(tmp_path / "packed", contents, ancestor, None, scratch=tmp_path / "scratch")
+    change = codecs.check(tmp_path / "packed", contents, ancestor, None, scratch=tmp_path / "scratch")
     codecs.unpack(tmp_path / "packed", ancestor, codec, into=tmp_path / "whole", scratch=tmp_path / "scratch")
     assert not (tmp_path / "scratch").exists()
     was, now, first = (weights(tmp_path / name) for name in ("made", "whole", "ancestor"))
@@ -121,6 +121,7 @@ def test_a_model_there_and_back(codec: Codec, tmp_path: Path) -> None:
     assert packing.error == pytest.approx(missed / distance(was, nothing), rel=1e-3, abs=1e-9)
     assert packing.lost == pytest.approx(missed / distance(was, first), rel=1e-3, abs=1e-7)
     limits = {"float32": 1e-6, "bfloat16": 3e-3, "int8": 0.01, "nf4": 0.12}
+    assert change == pytest.approx(distance(now, first), rel=1e-4)
     assert (packing.lost if codec.delta else packing.error) < limits[codec.numbers]
     if codec == Codec(numbers="float32"):
         assert all(torch.equal(now[name], tensor) for name, tensor in was.items())

@@ -7,6 +7,7 @@ to weights on disk is done here, because peft merges whole models in memory.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -140,6 +141,17 @@ def validate(folder: Path, ancestor: Path, lora: LoRA) -> None:
         a, b = _names(place)
         if lora.alpha * largest[a] * largest[b] > _LARGEST:  # rank products, each counted alpha / rank times
             raise ValueError(f"{file}: {b} · {a} may add more than {_LARGEST:g} to a weight: its training diverged")
+
+
+def change(folder: Path, lora: LoRA) -> float:
+    """L2 norm of what a valid adapter adds to its ancestor's weights: that of alpha / rank · B·A, which is not made."""
+    held = load_file(folder / WEIGHTS)
+    ends = (".lora_A.weight", ".lora_B.weight")
+    squares = 0.0
+    for place in sorted(name.removesuffix(ends[0]) for name in held if name.endswith(ends[0])):
+        a, b = (held[place + end].to(torch.float64) for end in ends)
+        squares += float(((b.T @ b) * (a @ a.T)).sum())  # ‖B·A‖² = tr(Bᵀ·B · A·Aᵀ)
+    return lora.alpha / lora.rank * math.sqrt(max(squares, 0.0))
 
 
 def merge(ancestor: Path, adapter: Path, lora: LoRA, *, into: Path, resume: bool = False) -> None:

@@ -312,6 +312,12 @@ def check_finite(folder: Path) -> None:
             raise ValueError(f"{folder}: tensor {name} holds NaN or infinity")
 
 
+def norm(folder: Path) -> float:
+    """L2 norm of the weights that training changes."""
+    blocks = (b for one in named_as(list(trained_shapes(folder)), folder).values() for b in one.through())
+    return math.sqrt(sum(float(torch.linalg.vector_norm(block.double())) ** 2 for block in blocks))
+
+
 def _expected(model: PreTrainedModel) -> tuple[dict[str, tuple[int, ...]], set[str], list[str]]:
     """A skeleton's tensors on disk: shape by name, the names that must be there, and patterns of names to pass over."""
     state = model.state_dict()

@@ -166,6 +166,7 @@ class Contents:
 
     forms: tuple[Form, ...]
     metadata: Mapping[str, str]
+    delta: bool = False  # whether what is packed is the change in the ancestor
 
     @classmethod
     def of(cls, ancestor: Path, codec: Codec, lora: LoRA | None) -> Self:
@@ -175,6 +176,7 @@ class Contents:
         return cls(
             tuple(Form.of(name, shape, codec) for name, shape in shapes.items()),
             {"format": "pt", "holds": holds, "codec": codec.label, "ancestor": digest(ancestor)},
+            codec.delta,
         )
 
     def write(self, reads: Mapping[str, Read], folder: Path) -> None:
@@ -311,7 +313,7 @@ def pack(made: Path, ancestor: Path, codec: Codec, lora: LoRA | None = None, *, 
     return packing
 
 
-def check(packed: Path, contents: Contents, ancestor: Path, lora: LoRA | None, *, scratch: Path) -> None:
+def check(packed: Path, contents: Contents, ancestor: Path, lora: LoRA | None, *, scratch: Path) -> float:
     """Make sure that a folder from elsewhere is an upload as it was asked for.
 
     Args:
@@ -320,6 +322,9 @@ def check(packed: Path, contents: Contents, ancestor: Path, lora: LoRA | None, *
         ancestor: the checkpoint that it was trained from.
         lora: the adapter's settings, if it is one.
         scratch: a folder for what is unpacked on the way; it is removed.
+
+    Returns:
+        The L2 norm of what it changes in the ancestor's weights.
 
     Raises:
         ValueError: says what is wrong, and where: with the file, the header, a tensor, or the adapter.
@@ -334,6 +339,16 @@ def check(packed: Path, contents: Contents, ancestor: Path, lora: LoRA | None, *
         if lora is not None:
             _write_adapter(contents, held, ancestor, lora, scratch / "adapter")
             adapters.validate(scratch / "adapter", ancestor, lora)
+            return adapters.change(scratch / "adapter", lora)
+        before = {} if contents.delta else _streams(named_as([form.name for form in contents.forms], ancestor))
+        squares = 0.0
+        for form in contents.forms:
+            if form.name not in before:
+                squares += sum(map(_square, form.values(held)))
+                continue
+            for now, then in zip(form.values(held), before[form.name](), strict=True):
+                squares += _square(now - then.float())
+        return math.sqrt(squares)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

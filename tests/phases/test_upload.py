@@ -434,3 +434,45 @@ def held_against(change: Callable[[Upload], object], fleet: list[Upload], checkp
     facts = {name: getattr(ancestor, name) for name in ("lineage", "parameters", "active_parameters")}
     uploads = [changed(one, **facts, bytes=upload_bytes(one.model, EMBEDDING)) for one in fleet]
     return receive(uploads, {}, embedding_bytes=8, ancestors={"tiny": ancestor}, into=into)
+
+
+def test_one_that_is_far_and_says_what_is_not_true_is_left_out(checkpoint: Path, into: Path, tmp_path: Path) -> None:
+    """Of those that are left out for what they say, none is held against the others."""
+    uploads = [made(tmp_path, checkpoint, device) for device in "abcde"]
+    for number, upload in enumerate(uploads):
+        held = load_file(weights(upload))
+        moved = {name: tensor + (3.0 if number == 0 else 0.01) for name, tensor in held.items()}
+        save_file(moved, weights(upload), metadata={"format": "pt"})
+    intake = held_against(lambda _: None, uploads, checkpoint, into)
+    assert intake.accepted == tuple("bcde")
+    assert "times as far from tiny as the median of 5" in intake.rejected[0].reason
+    ancestor = as_checkpoint(into.parent / "ancestor")
+    facts = {name: getattr(ancestor, name) for name in ("lineage", "parameters", "active_parameters")}
+    lying = [changed(one, **facts, bytes=upload_bytes(one.model, EMBEDDING) + (one.device == "a")) for one in uploads]
+    intake = receive(lying, {}, embedding_bytes=8, ancestors={"tiny": ancestor}, into=into)
+    assert intake.accepted == tuple("bcde")
+    assert "bytes but holds" in intake.rejected[0].reason
+
+
+def test_an_adapter_that_moves_far_from_the_others_stands_out(
+    adapters_sent: list[Upload], ancestor: Checkpoint, tmp_path: Path, into: Path
+) -> None:
+    uploads: list[Upload] = []
+    for device in "abcd":
+        shutil.copytree(adapters_sent[0].folder, tmp_path / f"of-{device}")
+        one = changed(adapters_sent[0], folder=tmp_path / f"of-{device}", device=device)
+        scale = 0.5 if device == "a" else 0.001
+        harmed(one, lambda held, scale=scale: [tensor.fill_(scale) for tensor in held.values()])
+        uploads.append(changed(one, bytes=upload_bytes(one.sent, EMBEDDING)))
+    intake = receive(uploads, {}, embedding_bytes=8, ancestors={"tiny": ancestor}, lora=LORA, into=into)
+    assert intake.accepted == tuple("bcd")
+    assert "times as far from tiny" in intake.rejected[0].reason
+
+
+def test_what_an_adapter_changes_by_hand(adapters_sent: list[Upload], ancestor: Checkpoint, tmp_path: Path) -> None:
+    """The norm of the product is that of the merged weights less the ancestor's."""
+    harmed(adapters_sent[0], lambda held: [tensor.normal_() for tensor in held.values()])
+    adapters.merge(ancestor.folder, adapters_sent[0].sent, LORA, into=tmp_path / "merged")
+    now, then = (load_file(place / "model.safetensors") for place in (tmp_path / "merged", ancestor.folder))
+    squares = sum(float((now[name].double() - then[name].double()).norm()) ** 2 for name in now)
+    assert adapters.change(adapters_sent[0].sent, LORA) == pytest.approx(squares**0.5, rel=1e-5)

@@ -65,7 +65,8 @@ def receive(
             except (ValueError, OSError) as fault:
                 rejected[upload.device] = _reason(upload, fault, into / SCRATCH)
         ticker.advance(1)
-    for device, reason in outliers(door.distances).items():
+    noted = {name: {d: far for d, far in those.items() if d in accepted} for name, those in door.distances.items()}
+    for device, reason in outliers(noted).items():
         del accepted[device]
         rejected[device] = f"device {device}: {reason}"
     rejections = tuple(Rejection(device=device, reason=reason) for device, reason in rejected.items())
@@ -174,6 +175,7 @@ class _Door:
             self._inspect_packed(upload, self.codec)
         elif self.lora is not None:
             adapters.validate(upload.sent, self._ancestor(upload).folder, self.lora)
+            self._note(upload, adapters.change(upload.sent, self.lora))
         else:
             checkpoints.validate(upload.model)
             if (found := checkpoints.open_config(upload.model).model_type) != upload.model_type:
@@ -189,9 +191,18 @@ class _Door:
         ancestor = self._ancestor(upload)
         checkpoints.validate_descendant(upload.model, ancestor.folder)
         names = list(checkpoints.trained_shapes(ancestor.folder))  # a device may leave out the prefix of its own names
-        changed, whole = distance(*(checkpoints.named_as(names, one) for one in (upload.model, ancestor.folder)))
+        self._note(upload, *distance(*(checkpoints.named_as(names, one) for one in (upload.model, ancestor.folder))))
+
+    def _note(self, upload: Upload, changed: float, whole: float | None = None) -> None:
+        """Note how far an upload is from its ancestor.
+
+        Raises:
+            ValueError: farther than training goes.
+        """
+        if whole is None:
+            whole = checkpoints.norm(self.ancestors[upload.ancestor].folder)
         share = changed / whole if whole else changed
-        if share > FARTHEST:
+        if not share <= FARTHEST:
             raise ValueError(f"its weights are {share:.3g} times as far from its ancestor's as those are from zero")
         self.distances.setdefault(upload.ancestor, {})[upload.device] = share
 
@@ -215,7 +226,7 @@ class _Door:
         if upload.ancestor not in self.contents:
             self.contents[upload.ancestor] = codecs.Contents.of(ancestor.folder, codec, self.lora)
         contents = self.contents[upload.ancestor]
-        codecs.check(upload.sent, contents, ancestor.folder, self.lora, scratch=self.scratch)
+        self._note(upload, codecs.check(upload.sent, contents, ancestor.folder, self.lora, scratch=self.scratch))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -241,9 +252,11 @@ def outliers(distances: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for ancestor, those in distances.items():
+        if len(those) < COHORT:
+            continue
         middle = median(those.values())
         for device, share in those.items():
-            if len(those) >= COHORT and share > FARTHER * middle > 0:
+            if share > FARTHER * middle > 0:
                 found[device] = (
                     f"its weights are {share / middle:.3g} times as far from {ancestor} as the median of {len(those)} "
                     "devices"
