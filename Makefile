@@ -14,7 +14,7 @@ help:
 	@echo "make test-federation  Flower processes on this machine: a few minutes"
 	@echo "make docs       the documentation site, into site/"
 	@echo "make bench      the benchmarks, into benchmarks/"
-	@echo "make bench-tables  the paper's tables, small, into runs/tables-*: up to an hour on two cores"
+	@echo "make bench-tables  the paper's tables, small, into runs/tables-*: an hour or two on two cores"
 	@echo "make clean      remove what the above made, runs/ excepted"
 
 # What running needs. torch goes first: the rest then finds it in place instead of resolving it along.

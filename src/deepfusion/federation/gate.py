@@ -3,7 +3,7 @@
 Flower 1.41 serves three APIs on one port. Fleet is for devices, and their keys guard it. Control is by whom `flwr run`
 starts an app, any app, on the server and on all devices; without an account service, which the free distribution does
 not have, nothing guards it, node authentication or not. Runtime is for the server's own processes. So all but Fleet
-answers callers on this machine alone: `python -m deepfusion.federation.gate` takes what `flower-superlink` takes.
+answers callers on this machine alone: `deepfusion-superlink` takes what `flower-superlink` takes.
 """
 
 from __future__ import annotations
@@ -61,7 +61,3 @@ def main() -> None:
 
     superlink.create_app = gated  # where `flower_superlink` looks it up
     flower_superlink()
-
-
-if __name__ == "__main__":
-    main()

@@ -125,7 +125,7 @@ def node_keys(keys: Path, devices: Iterable[str]) -> dict[bytes, str]:
 def superlink(port: int) -> list[str]:
     """The command of the server, to be run in the federation's folder."""
     return [
-        "python", "-m", "deepfusion.federation.gate", "--host", "0.0.0.0", "--port", str(port),
+        "deepfusion-superlink", "--host", "0.0.0.0", "--port", str(port),
         "--ssl-ca-certfile", "server/ca.crt", "--ssl-certfile", "server/server.crt",
         "--ssl-keyfile", "server/server.key",
         "--enable-supernode-auth", "--database", "server/state.db", "--disable-runtime-dependency-installation",
