@@ -51,6 +51,8 @@ class Fleet:
             for one in self.running.values():
                 one.poll()
             time.sleep(0.1)
+        for one in self.running.values():
+            one.wait(30)
         assert not left, f"processes are left: {left}"
 
     @property

@@ -29,7 +29,7 @@ def made(folder: Path, *options: str) -> str:
 
 def test_the_folder_is_ready_for_plain_flower_commands(tmp_path: Path) -> None:
     said = made(tmp_path / "clinic", "--host", "fusion.example.org", "--port", "8123")
-    assert "flower-superlink --host 0.0.0.0 --port 8123" in said
+    assert "deepfusion-superlink --host 0.0.0.0 --port 8123" in said
     assert "flower-supernode --superlink fusion.example.org:8123" in said
     project = Project(tmp_path / "clinic")
     recipe = Recipe.load(project.recipe)
