@@ -145,7 +145,7 @@ class Collector:
             if verdict and verdict.state == "accepted":
                 uploads[device] = self.inbox.upload(device)
             elif verdict:
-                failures[device] = verdict.reason
+                failures[device] = verdict.reason.removeprefix(f"device {device}: ")  # the report says whose it is
             elif talk.troubles:
                 failures[device] = talk.troubles[-1]
             elif wanted := self.inbox.wanted(device):

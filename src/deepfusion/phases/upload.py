@@ -42,7 +42,7 @@ def receive(
     Args:
         uploads: What arrived, in the order of the devices. Of two under one name neither is taken: nothing tells which
             of them is the device's own.
-        failures: Device → why its upload never arrived, or was refused where it did.
+        failures: Device → why its upload never arrived here.
         embedding_bytes: The length of e_n that the recipe asks for (`device.embedding_bytes`).
         ancestors: The recipe's name of each model that devices start from → the model; adapters, and what is packed,
             need theirs.
@@ -54,7 +54,7 @@ def receive(
         ValueError: nothing was accepted; lists the reasons.
     """
     arrivals = Counter(upload.device for upload in uploads)
-    rejected = {device: _missing(device, failures[device]) for device in sorted(failures)}
+    rejected = {device: f"device {device} never arrived: {failures[device]}" for device in sorted(failures)}
     accepted: dict[str, int] = {}
     door = _Door(embedding_bytes, ancestors or {}, lora, codec, into / SCRATCH, {}, {})
     ticker = Ticker(into, len(uploads), "uploads")
@@ -262,11 +262,6 @@ def outliers(distances: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
                     "devices"
                 )
     return found
-
-
-def _missing(device: str, reason: str) -> str:
-    """Why there is no upload of a device: it never arrived, or a door has refused it already, which names it too."""
-    return reason if reason.startswith(f"device {device}: ") else f"device {device} never arrived: {reason}"
 
 
 def _reason(upload: Upload, fault: Exception, scratch: Path) -> str:
