@@ -237,6 +237,9 @@ def test_plan(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
         "count": 1,
     }
     assert asked == [Path("runs/tiny"), Path("x")]
+    monkeypatch.delenv("GRADER_KEY", raising=False)
+    refused = invoke("plan", "tiny.yaml", "--set", "judge={url: 'http://localhost:1', model: m, key: GRADER_KEY}")
+    assert (refused.exit_code, "GRADER_KEY" in refused.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(("state", "status"), [("ok", 0), ("warning", 0), ("problem", 2)])

@@ -187,8 +187,6 @@ def _made_seed(recipe: Recipe, ancestor: str) -> int:
 def plan(recipe: Recipe, out: str | Path | None = None) -> list[PlannedStep]:
     """What `run` would find done, run, or still has to wait for; runs nothing."""
     keyed = by_content(recipe)
-    if recipe.judge is not None:
-        check(recipe.judge)
     planner = Planner(Store(_folder(recipe, out) / "steps"), Runtime())
     try:
         _Method(recipe, keyed, planner).report()

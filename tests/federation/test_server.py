@@ -130,6 +130,11 @@ def test_a_device_that_fails_again_and_again_is_left_out_with_its_reason(project
     steps(collector, [0, 1, 2, 3, 4, 5, 20, 21])
     assert net.kinds[:2] == [messages.ORDER, messages.ORDER]
     assert collector.received().failures["north"] == "it has no text"
+    before = len(net.kinds)
+    steps(collector, [1000, 2000])
+    assert len(net.kinds) == before  # it is given up
+    steps(collecting(net, project), [0])
+    assert net.kinds[before:] == [messages.ORDER]  # whoever has mended it finds the door open
 
 
 def test_collecting_ends_with_quorum_and_grace_or_the_deadline(project: Project, tmp_path: Path) -> None:

@@ -88,8 +88,11 @@ def plan(recipe: RecipeName, overrides: Overrides = None, folder: Out = None, as
     Example: `deepfusion plan recipes/demo.yaml --set distill.objective.beta=10`
     """
     from deepfusion import pipeline, summary
+    from deepfusion.judging import check
 
     chosen = Recipe.load(recipe, overrides or ())
+    if chosen.judge is not None:
+        check(chosen.judge)
     steps = pipeline.plan(chosen, folder or Path("runs") / chosen.name)
     if as_json:
         emit([asdict(step) for step in steps])

@@ -22,7 +22,7 @@ from deepfusion.config import Federation, Recipe, Runtime
 from deepfusion.engine import Watcher
 from deepfusion.errors import InputError
 from deepfusion.federation import messages
-from deepfusion.federation.inbox import Inbox, Verdict, started
+from deepfusion.federation.inbox import Inbox, started
 from deepfusion.federation.messages import ORDER, PIECE, VERDICT, Order, Reply
 from deepfusion.federation.project import Project, node_keys
 from deepfusion.phases import upload as door
@@ -69,6 +69,7 @@ class Talk:
     told: bool = False
     troubles: list[str] = field(default_factory=list[str])
     not_before: float = 0.0
+    given_up: bool = False  # for this time: whoever mends the device and collects again is to find the door open
 
 
 class Collector:
@@ -103,8 +104,9 @@ class Collector:
         enough_since: float | None = None
         while True:
             self.step(now())
-            states = [verdict.state if verdict else None for verdict in map(self.inbox.verdict, self.orders)]
-            if None not in states or now() >= deadline:
+            verdicts = {device: self.inbox.verdict(device) for device in self.orders}
+            states = [verdict.state for verdict in verdicts.values() if verdict]
+            if all(verdict or self.talks[device].given_up for device, verdict in verdicts.items()) or now() >= deadline:
                 break
             if states.count("accepted") >= self.config.quorum:
                 enough_since = now() if enough_since is None else enough_since
@@ -129,7 +131,7 @@ class Collector:
         busy = False
         for device, talk in self.talks.items():
             self._hear(talk, nodes.get(device), now)
-            if device in nodes and talk.sent is None and now >= talk.not_before:
+            if device in nodes and talk.sent is None and now >= talk.not_before and not talk.given_up:
                 if only_verdicts and not self._decided(talk):
                     continue
                 self._say_next(talk, nodes[device], now)
@@ -205,7 +207,8 @@ class Collector:
         talk.troubles.append(reason)
         self.say(f"{talk.device}: {reason}")
         if len(talk.troubles) >= self.config.attempts:
-            self.inbox.decide(Verdict(device=talk.device, state="rejected", reason=reason))
+            talk.given_up = True
+            self.say(f"{talk.device} is given up after {self.config.attempts} attempts: mend it, and collect again")
         talk.not_before = now + min(self.config.patience_s, 2.0 ** len(talk.troubles))
 
     def _say_next(self, talk: Talk, node: Any, now: float) -> None:

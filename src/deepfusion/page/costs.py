@@ -16,6 +16,7 @@ from deepfusion.page.parts import Section, Table, percent
 Totals = tuple[int, float, float, float, float]  # tokens; token-parameters: forward, backward, both, critical path
 PHASES = {
     "data": "corpus made or read",
+    "public": "the server's own text made or read, where devices are elsewhere",
     "make": "small models made and trained",
     "take": "given models checked",
     "device": "devices' training",
