@@ -125,6 +125,14 @@ def sources(recipe: Recipe) -> list[TextSource]:
             "device={method: lora, upload: adapter, codec: {delta: true}}",
             "device: codec.delta is what changed in the ancestor, which an adapter is already: leave it out",
         ),
+        (
+            "device.own={tablet: {upload: adapter}}",
+            "device: own.tablet: upload: adapter needs method: lora or qlora, for full training has no adapter to send",
+        ),
+        (
+            "device.own={tablet: {epochs: 3}}",
+            "unknown key 'device.own.tablet.epochs': there are method, lora, upload, codec",
+        ),
         ("device.codec.numbers=int4", "device.codec.numbers: must be float32, bfloat16, int8 or nf4, not 'int4'"),
         ("device.method=LoRA", "device.method: must be full, lora or qlora, not 'LoRA'"),
         ("device.lora.targets=[]", "device.lora.targets: must have at least 1 entry, not 0"),

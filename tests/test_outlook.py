@@ -50,6 +50,14 @@ def test_packed_uploads_are_made_whole() -> None:
     assert (found["materialise"], found["btx_materialise"]) == (16, 16)
 
 
+def test_devices_with_a_way_of_their_own_are_counted() -> None:
+    own = "device.own={device-01: {codec: {numbers: nf4}}, device-02: {method: lora, upload: adapter}}"
+    found = counts(own, "evaluate.references=[btx, fedavg_dense]", "baselines.fedavg_dense.rounds=3")
+    assert (found["materialise"], found["btx_materialise"], found["fedavg_materialise"]) == (2, 2, 6)
+    others = counts("device.codec={numbers: nf4}", "device.own={device-01: {codec: none}}")
+    assert others["materialise"] == 15
+
+
 def test_devices_that_start_from_the_base_have_task_vectors() -> None:
     with_them = counts("distill.task_vectors=0.5", recipe="real_llms")
     without = counts("distill.task_vectors=0", "distill.own_task_vectors=false", recipe="real_llms")

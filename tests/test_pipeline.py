@@ -462,6 +462,35 @@ def test_packed_uploads_are_made_whole(
     assert perplexity[1] == pytest.approx(perplexity[0], abs=0.1)
 
 
+def test_each_device_sends_in_its_own_way(again: Callable[..., tuple[Path, Seen]]) -> None:
+    """A model as it is, a model packed, an adapter, an adapter packed: in one fleet, and accepted all."""
+    own = (
+        "device.own={device-01: {codec: {numbers: int8, delta: true}}, device-02: {method: lora, upload: adapter}, "
+        "device-03: {method: lora, upload: adapter, codec: {numbers: nf4}}}"
+    )
+    short = ["device.epochs=2", "evaluate.references=[]", "transfer.kinds=[public]", "distill.budget_tokens=1000"]
+    plain, _ = again(*short)
+    out, seen = again(*short, own)
+    found = {one["device"]: one for one in results(out)["devices"]}
+    assert results(out)["rejected"] == []
+    ways = {name: (one["method"], one["sends"], one["codec"]) for name, one in found.items()}
+    assert ways == {
+        "device-00": ("full", "model", None),
+        "device-01": ("full", "packed", "int8 delta"),
+        "device-02": ("lora", "adapter", None),
+        "device-03": ("lora", "packed", "nf4"),
+    }
+    parts = {step.removeprefix("materialise ") for step in seen.ran if step.startswith("materialise")}
+    assert parts == {"device-01", "device-02", "device-03"}
+    assert "device device-00" not in seen.ran  # does as it did: its step is the plain run's
+    assert found["device-00"] == next(one for one in results(plain)["devices"] if one["device"] == "device-00")
+
+
+def test_a_way_of_no_device_is_refused(again: Callable[..., tuple[Path, Seen]]) -> None:
+    with pytest.raises(InputError, match=r"device\.own names tablet, and the devices are device-00, "):
+        again("device.own={tablet: {method: lora}}")
+
+
 def test_models_from_elsewhere_are_taken(
     again: Callable[..., tuple[Path, Seen]], done: tuple[Path, Report, Seen]
 ) -> None:

@@ -27,7 +27,7 @@ def _phases(recipe: Recipe) -> Iterator[tuple[str, int, str]]:
     devices = k if given else recipe.data.partition.devices  # given: there must be as many as clusters
     yield "device", devices, _several(devices, "for each device" + " that the text names" * given, at_least=given)
     yield "upload", 1, one
-    parts = devices * (recipe.device.sends != "model")
+    parts = _parts(recipe, devices)
     yield "materialise", parts, _several(parts, "for each accepted upload", at_least=given)
     yield "cluster", 1, one
     yield "proxy", k, _several(k, "for each lineage of each cluster", at_least=True)
@@ -72,7 +72,7 @@ def _phases(recipe: Recipe) -> Iterator[tuple[str, int, str]]:
 
 def _baseline(recipe: Recipe, name: str, devices: int, *, given: bool) -> Iterator[tuple[str, int, str]]:
     """What comes before a baseline for which devices train."""
-    parts, one = recipe.device.sends != "model", "depends on steps that have not run"
+    parts, one = _parts(recipe, devices), "depends on steps that have not run"
     if name == "fedmkt":
         yield from _chosen(recipe, devices, "fedmkt_", at_least=given)
     if name in ("ofa_kd", "fedmkt"):
@@ -101,14 +101,20 @@ def _baseline(recipe: Recipe, name: str, devices: int, *, given: bool) -> Iterat
         trained = devices * rounds
         each = "for each device and round"
         yield "fedavg_device", trained, _several(trained, each, at_least=given)
-        yield "fedavg_materialise", trained * parts, _several(trained, each, at_least=given)
+        yield "fedavg_materialise", rounds * parts, _several(rounds * parts, each, at_least=given)
         yield "fedavg_round", rounds, _several(rounds, "for each round")
     if name == "btx":
         k = recipe.cluster.k
         yield "btx_device", devices, _several(devices, "for each device", at_least=given)
-        yield "btx_materialise", devices * parts, _several(devices, "for each device", at_least=given)
+        yield "btx_materialise", parts, _several(parts, "for each device", at_least=given)
         yield "btx_branch", k, _several(k, "for each cluster")
         yield "btx_merge", 1, one
+
+
+def _parts(recipe: Recipe, devices: int) -> int:
+    """Devices that send less than a whole model."""
+    own = [recipe.device.of(name).sends != "model" for name in recipe.device.own]
+    return sum(own) + max(0, devices - len(own)) * (recipe.device.sends != "model")
 
 
 def _chosen(recipe: Recipe, devices: int, prefix: str = "", *, at_least: bool) -> Iterator[tuple[str, int, str]]:

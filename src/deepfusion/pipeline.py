@@ -38,7 +38,7 @@ from deepfusion.engine import Engine, StepError, Watcher, futures, resolved
 from deepfusion.errors import InputError, concerns_all
 from deepfusion.inputs import by_content
 from deepfusion.judging import check
-from deepfusion.labels import left_out
+from deepfusion.labels import joined, left_out
 from deepfusion.learning import Given, choose, students
 from deepfusion.outlook import waiting
 from deepfusion.planner import NotYetRunError, PlannedStep, Planner
@@ -243,23 +243,23 @@ class _Method:
 
         # Devices: each trains its own model on its own text, and uploads it with an embedding, once.
         arrived, failures = self.devices(ground)
-        sent = sent_by(recipe.device)
         intake = self.go(
-            Intake, "upload", uploads=list(arrived.values()), failures=failures, ancestors=ancestors, **sent,
-            embedding_bytes=recipe.device.embedding_bytes,
+            Intake, "upload", uploads=list(arrived.values()), failures=failures, ancestors=ancestors,
+            embedding_bytes=recipe.device.embedding_bytes, **sent_by(recipe.device),
         )  # fmt: skip
         for rejection in intake.result().rejected:
             if rejection.device not in failures:  # of which the watcher has been told
                 self.engine.watch.message(left_out(rejection.device, rejection.reason))
         accepted = [arrived[device] for device in intake.result().accepted]
-        if recipe.device.sends != "model":
-            whole = [
-                self.go(
-                    Upload, "materialise", upload.device, upload=upload, ancestor=ancestors[upload.ancestor], **sent
-                )
-                for upload in accepted
-            ]  # fmt: skip
-            accepted = [upload.result() for upload in whole]
+        whole = {
+            upload.device: self.go(
+                Upload, "materialise", upload.device, upload=upload, ancestor=ancestors[upload.ancestor],
+                **sent_by(recipe.device.of(upload.device)),
+            )
+            for upload in accepted
+            if upload.sends != "model"
+        }  # fmt: skip
+        accepted = [whole[one.device].result() if one.device in whole else one for one in accepted]
 
         # Phase I: group the devices by what they know; average within a cluster what may be averaged.
         clusters = self.go(Clusters, "cluster", uploads=accepted, config=recipe.cluster, seed=seed)
@@ -400,6 +400,9 @@ class _Method:
             name: self.ancestor(name, source, keyed.models.ancestors[name], corpus, _made_seed(recipe, name))
             for name, source in recipe.models.ancestors.items()
         }
+        names = [device.id for device in corpus.result().devices]
+        if strange := sorted(set(recipe.device.own) - set(names)):
+            raise InputError(f"device.own names {joined(strange)}, and the devices are {joined(names)}")
         for model in self.given(base, ancestors):
             model.result()
         if recipe.models.base.path is not None:
@@ -407,7 +410,7 @@ class _Method:
                 target_of(base.result().model_type, recipe.assemble.target)
             except ValueError as error:
                 raise InputError(f"models.base: {error}") from None
-        return _Ground(corpus, base, ancestors, [device.id for device in corpus.result().devices])
+        return _Ground(corpus, base, ancestors, names)
 
     def devices(self, ground: _Ground) -> tuple[dict[str, Upload], dict[str, str]]:
         """What devices sent, and why others did not: those that train here, or those elsewhere."""
@@ -419,7 +422,7 @@ class _Method:
             device: self.go(
                 Upload, "device", device, device=device, ancestor=ground.ancestors[name], ancestor_name=name,
                 corpus=ground.corpus, seed=_device_seed(recipe, number), expendable=True,
-                **placed(config=(recipe.device, keyed.device)),
+                **placed(config=(recipe.device.of(device), keyed.device.of(device))),
             )
             for number, (device, name) in enumerate(roles.starting_points(ground.names, recipe.models, seed).items())
             if self.only is None or device in self.only

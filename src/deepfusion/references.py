@@ -233,7 +233,7 @@ def _trained(
     """
     device = given.uploads[number].device
     # Nobody asks what its text is about: the run's clusters stand.
-    config = config.model_copy(update={"encoder": "hashing"})
+    config = config.of(device).model_copy(update={"encoder": "hashing"})
     upload = go(
         Upload, f"{baseline}_device", f"{prefix}{device}", device=device, ancestor=model, ancestor_name="base",
         corpus=given.corpus, config=config, seed=given.recipe.seed + 1000 + number, sitting=sitting, priority=LAST,

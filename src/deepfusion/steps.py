@@ -89,9 +89,10 @@ FIRST, LAST = -10, 10  # priorities: the run's own critical path, and what only 
 
 
 def sent_by(device: DevicePhase) -> dict[str, Any]:
-    """Arguments that tell a step what devices send; the codec's name is in a step's key only where there is one."""
-    lora = device.lora if device.upload == "adapter" else None
-    return {"lora": lora} if device.codec is None else {"lora": lora, "codec": device.codec}
+    """Arguments that tell a step what devices send; what only some recipes have is in a step's key only there."""
+    own = {name: device.of(name).sent for name in device.own}
+    codec = {} if device.codec is None else {"codec": device.codec}
+    return {"lora": device.sent.lora, **codec, **({"own": own} if own else {})}
 
 
 def placed(**arguments: tuple[Any, Any]) -> dict[str, Any]:

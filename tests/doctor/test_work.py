@@ -70,6 +70,14 @@ def test_what_is_packed_is_small_until_it_is_made_whole(tmp_path: Path) -> None:
     assert packed["materialise"][0].disk == 4 * parameters
 
 
+def test_one_device_alone_sends_an_adapter(tmp_path: Path) -> None:
+    tasks = by_phase(worked_out(extent(tmp_path, "device.own={device-01: {method: lora, upload: adapter}}")))
+    assert [bool(task.adapter) for task in tasks["device"]] == [n == 1 for n in range(len(tasks["device"]))]
+    assert tasks["device"][1].disk == 4 * tasks["device"][1].adapter
+    [whole] = tasks["materialise"]
+    assert whole.shape == tasks["device"][1].shape
+
+
 def test_the_servers_budget_is_shared_as_the_recipe_says(tmp_path: Path) -> None:
     load = extent(tmp_path, "distill.shares={joint: 0.5, branch: 0.3, tune: 0.2}", "distill.budget_tokens=100_000",
                     "assemble.router=random")  # fmt: skip

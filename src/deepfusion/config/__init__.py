@@ -8,7 +8,7 @@ whole and its checks, `tree` reads files and `--set`, `faults` words what is wro
 
 from deepfusion.config.baselines import Baselines, FedAvg, FedJETS, FedMKT
 from deepfusion.config.data import Data, FileData, MadeOptions, Partition, SyntheticData, TextSource
-from deepfusion.config.device import Codec, DevicePhase, LoRA
+from deepfusion.config.device import Codec, DevicePhase, LoRA, OwnWay, Sent
 from deepfusion.config.federation import Federation
 from deepfusion.config.judge import JudgePhase
 from deepfusion.config.models import MadeModel, Models, ModelSource, ModelType, Training
@@ -63,12 +63,14 @@ __all__ = [
     "Models",
     "OFAObjective",
     "Objective",
+    "OwnWay",
     "Partition",
     "ProxyPhase",
     "Recipe",
     "Reference",
     "Runtime",
     "Section",
+    "Sent",
     "Shares",
     "SyntheticData",
     "TextSource",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from deepfusion.config.faults import explain
 from deepfusion.config.models import Training
 from deepfusion.config.section import Section
 
@@ -54,6 +55,28 @@ class Codec(Section):
         return {"float32": 4, "bfloat16": 2, "int8": 1 + 2 / RUN, "nf4": 1 / 2 + 2 / RUN}[self.numbers]
 
 
+class Sent(Section):
+    """What the server expects a device to send."""
+
+    lora: LoRA | None = None
+    """The adapters that it is to send; none: a whole model."""
+    codec: Codec | None = None
+    """How it is packed; none: not at all."""
+
+
+class OwnWay(Section):
+    """What one device does otherwise than the fleet; what is not named here is as for all."""
+
+    method: Literal["full", "lora", "qlora"] | None = None
+    """As `device.method`."""
+    lora: LoRA | None = None
+    """As `device.lora`."""
+    upload: Literal["merged", "adapter"] | None = None
+    """As `device.upload`."""
+    codec: Codec | Literal["none"] | None = None
+    """As `device.codec`; `none`: not packed, where the others' are."""
+
+
 class DevicePhase(Section):
     """Training on each device, and what it uploads."""
 
@@ -76,6 +99,17 @@ class DevicePhase(Section):
     """`hashing` (stateless, scikit-learn), or the folder of a sentence encoder such as MiniLM."""
     embedding_bytes: int = Field(default=64, ge=8, le=64)
     """Size of e_n: a shared seeded projection to this many int8 numbers."""
+    own: dict[str, OwnWay] = Field(default={}, exclude_if=lambda own: not own)
+    """Device → how it trains and sends otherwise than the others: a tablet adapters, a server whole models."""
+
+    @model_validator(mode="after")
+    def _everyone_has_a_way(self) -> Self:
+        for device in self.own:
+            try:
+                self.of(device)
+            except ValidationError as fault:
+                raise ValueError(f"own.{device}: {explain(fault, type(self))}") from None
+        return self
 
     @model_validator(mode="after")
     def _an_adapter_to_send(self) -> Self:
@@ -84,6 +118,27 @@ class DevicePhase(Section):
         if self.upload == "adapter" and self.codec is not None and self.codec.delta:
             raise ValueError("codec.delta is what changed in the ancestor, which an adapter is already: leave it out")
         return self
+
+    def of(self, device: str) -> DevicePhase:
+        """How one device trains and sends: this, with its own way in it."""
+        if device not in self.own:
+            return self if not self.own else self.model_copy(update={"own": {}})
+        given = self.own[device]
+        fields = {name: getattr(given, name) for name in type(given).model_fields if getattr(given, name) is not None}
+        if given.codec == "none":
+            fields["codec"] = None
+        held = {name: getattr(self, name) for name in type(self).model_fields if name != "own"}
+        return DevicePhase.model_validate(held | fields)
+
+    @property
+    def ways(self) -> list[DevicePhase]:
+        """The fleet's way, and each that differs from it."""
+        return [self.of(""), *(self.of(device) for device in self.own)]
+
+    @property
+    def sent(self) -> Sent:
+        """What the server is to expect of a device that does as all do."""
+        return Sent(lora=self.lora if self.upload == "adapter" else None, codec=self.codec)
 
     @property
     def sends(self) -> Literal["model", "adapter", "packed"]:

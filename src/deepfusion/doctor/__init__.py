@@ -95,8 +95,9 @@ def _inputs(recipe: Recipe, scratch: Path) -> tuple[list[Check], list[Task]]:
             continue
         starts[key] = start
         found += models.about(start)
-        if key != BASE and recipe.device.method != "full":
-            found.append(models.adapted(start, recipe))
+        if key != BASE:
+            ways = dict.fromkeys((way.method, way.lora) for way in recipe.device.ways if way.method != "full")
+            found += [models.adapted(start, method, lora) for method, lora in ways]
     base = models.as_base(starts[BASE], recipe) if BASE in starts else None
     found += [base] if base else []
     if "device.encoder" not in gone:

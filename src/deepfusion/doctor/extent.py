@@ -59,7 +59,8 @@ class Extent:
     def sent(self) -> str:
         """Precision of devices' models: sums of a model and its adapter, and what was packed, are kept in float32."""
         device = self.recipe.device
-        return device.training.dtype if device.method == "full" and device.codec is None else "float32"
+        whole = all(way.method == "full" and way.codec is None for way in device.ways)
+        return device.training.dtype if whole else "float32"
 
     @property
     def kin(self) -> int:

@@ -31,7 +31,7 @@ def peak(task: Task, recipe: Recipe) -> float:
         cast = 2 if task.training.compute == "bfloat16" else 0
         states = shape.parameters * (4 * number + cast)
         if task.adapter:  # in float32, beside weights that stay as they are
-            four = task.phase.endswith("device") and recipe.device.method == "qlora"
+            four = task.phase.endswith("device") and all(way.method == "qlora" for way in recipe.device.ways)
             held = shape.parameters * number - (shape.inner * (number - FOUR_BITS) if four else 0)
             states = held + task.adapter * (4 * 4 + cast)
         tokens = task.training.rows * task.training.context

@@ -11,7 +11,7 @@ from transformers.utils.import_utils import is_bitsandbytes_available
 
 from deepfusion import checkpoints
 from deepfusion.adapters import sites
-from deepfusion.config import MadeModel, ModelSource, Recipe
+from deepfusion.config import LoRA, MadeModel, ModelSource, Recipe
 from deepfusion.data.tokens import Tokenizer
 from deepfusion.display import amount
 from deepfusion.doctor.diagnosis import Check
@@ -136,7 +136,7 @@ def trainings(starts: Mapping[str, Start], recipe: Recipe) -> Iterator[Check]:
     for section, (phase, trained) in sections.items():
         training = phase.training
         known = [start.key for start in trained if start.folder and start.shape.parameters >= PRETRAINED_PARAMETERS]
-        adapts = section == "device" and recipe.device.method != "full"
+        adapts = section == "device" and all(way.method != "full" for way in recipe.device.ways)
         most, better = (ADAPTER_RATE, 5e-4) if adapts else (PRETRAINED_RATE, 2e-5 if section == "tune" else 5e-5)
         # With a share of it, the whole is for the controls: they start from the base, and have less to lose.
         share = recipe.distill.joint_rate if section == "distill" else 1.0
@@ -167,11 +167,10 @@ def as_base(base: Start, recipe: Recipe) -> Check:
     return Check("models", base.key, "ok", fact + sizes)
 
 
-def adapted(start: Start, recipe: Recipe) -> Check:
+def adapted(start: Start, method: str, lora: LoRA) -> Check:
     """Whether devices that start from a model can train adapters as the recipe says, and how large these are."""
-    device = recipe.device
-    found = sites(skeleton(start.config), device.lora).values()
-    if device.method == "qlora":
+    found = sites(skeleton(start.config), lora).values()
+    if method == "qlora":
         if not is_bitsandbytes_available():
             return Check("models", start.key, "problem", "weights in four bits need bitsandbytes",
                          "pip install 'deepfusion-moe[nf4]', or set device.method: lora")  # fmt: skip
@@ -179,17 +178,14 @@ def adapted(start: Start, recipe: Recipe) -> Check:
         if odd := next((site for site in found if site.inputs % block), None):
             fact = f"weights in four bits come in blocks of {block}, and {odd.inner} has {odd.inputs} inputs"
             return Check("models", start.key, "problem", fact, "set device.method: lora")
-    share = f"{amount(trained(start, recipe))} of {amount(start.shape.parameters)} weights are trained"
-    return Check("models", start.key, "ok", f"{share}, in adapters of rank {device.lora.rank}")
+    share = f"{amount(adapter(start, lora))} of {amount(start.shape.parameters)} weights are trained"
+    return Check("models", start.key, "ok", f"{share}, in adapters of rank {lora.rank}")
 
 
-def trained(start: Start, recipe: Recipe) -> int:
-    """Weights that a device trains which starts from this model."""
-    device = recipe.device
-    if device.method == "full":
-        return start.shape.parameters
-    found = sites(skeleton(start.config), device.lora).values()
-    return sum(device.lora.rank * (site.inputs + site.outputs) for site in found)
+def adapter(start: Start, lora: LoRA) -> int:
+    """Weights of an adapter of this model."""
+    found = sites(skeleton(start.config), lora).values()
+    return sum(lora.rank * (site.inputs + site.outputs) for site in found)
 
 
 def lineages(ancestors: Mapping[str, Start], devices: Sequence[str], recipe: Recipe) -> Iterator[Check]:

@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 
 from deepfusion.baselines.fedjets import pruned
-from deepfusion.config import Training, VAAObjective
+from deepfusion.config import DevicePhase, Training, VAAObjective
 from deepfusion.doctor.extent import Extent
-from deepfusion.doctor.models import Start, trained
+from deepfusion.doctor.models import Start, adapter
 from deepfusion.doctor.shapes import Shape
 from deepfusion.phases.assemble import shape_of
 from deepfusion.phases.judge import AT_ONCE, chosen
@@ -73,19 +73,18 @@ def _before(of: Extent) -> Iterator[Task]:
 
 
 def _devices(of: Extent) -> Iterator[Task]:
-    device = of.recipe.device
     known = {start.key: of.known(start).tokens(of.text.public) for start in of.starts.values()}
     for name, start in of.by_device().items():
+        device = of.recipe.device.of(name)
         own, public = of.known(start).tokens(of.text.private[name]), known[start.key]
         replay = min(public, own * device.replay)
         tokens = device.epochs * (own + replay)
         task = _training(of, "device", start.shape, device.training, tokens, lessons=own + public)
-        task = task if device.method == "full" else _adapting(of, task, trained(start, of.recipe))
-        yield _packing(of, task)
+        yield _sent(task, start, device)
     largest = max((start.shape for start in of.by_device().values()), key=lambda shape: shape.parameters)
     yield Task("upload", 1, shape=largest)
-    if device.sends != "model":
-        for start in of.by_device().values():
+    for name, start in of.by_device().items():
+        if of.recipe.device.of(name).sends != "model":
             yield Task("materialise", 1, shape=start.shape, disk=4 * start.shape.parameters)
     yield Task("cluster", 1)
     count, members = of.proxies()
@@ -295,11 +294,10 @@ def _federated(of: Extent, name: str) -> Iterator[Task]:
     task = _training(
         of, f"{short}_device", base, device.training, tokens, own + public, steps=rounds * devices, own=False
     )  # fmt: skip
-    task = task if device.method == "full" else _adapting(of, task, trained(of.base, recipe))
-    yield _packing(of, task)
+    yield _sent(task, of.base, device.of(""))  # as most do
     whole = base.parameters * size_of(of.sent)
-    if device.sends != "model":
-        yield Task(f"{short}_materialise", rounds * devices, shape=base, disk=whole, own=False)
+    if parts := sum(device.of(one).sends != "model" for one in of.text.private):
+        yield Task(f"{short}_materialise", rounds * parts, shape=base, disk=whole, own=False)
     if name == "fedavg_dense":
         yield Task("fedavg_round", rounds, shape=base, disk=whole, own=False)
         kept = float(rounds * known.tokens(of.text.heldout))
@@ -386,27 +384,25 @@ def _training(
     )  # fmt: skip
 
 
-def _adapting(of: Extent, task: Task, adapter: int) -> Task:
-    """A device's training, of an adapter alone: the way back needs the gradients of its weights only."""
-    assert task.shape is not None
-    sent = adapter if of.recipe.device.upload == "adapter" else task.shape.parameters
-    return replace(
-        task,
-        adapter=adapter,
-        forward=task.tokens * (task.shape.active + adapter),
-        backward=task.tokens * (task.shape.active + 2 * adapter),
-        disk=4 * sent,
-    )
+def _sent(task: Task, start: Start, device: DevicePhase) -> Task:
+    """A device's training of all weights, as what its way makes of it: an adapter's, and with what it leaves to send.
 
-
-def _packing(of: Extent, task: Task) -> Task:
-    """A device's training, and what it leaves to be sent: at most, without what rank and compression make of it."""
-    device = of.recipe.device
-    if device.codec is None:
-        return task
+    The way back needs the gradients of an adapter's weights only. Of what is packed this is the most that it can be,
+    without what rank and compression make of it.
+    """
     assert task.shape is not None
-    sent = task.adapter if device.upload == "adapter" else task.shape.parameters
-    return replace(task, disk=sent * device.codec.bytes_per_number)
+    sent = task.shape.parameters
+    if device.method != "full":
+        weights = adapter(start, device.lora)
+        sent = weights if device.upload == "adapter" else sent
+        task = replace(
+            task,
+            adapter=weights,
+            forward=task.tokens * (task.shape.active + weights),
+            backward=task.tokens * (task.shape.active + 2 * weights),
+            disk=4 * sent,
+        )
+    return task if device.codec is None else replace(task, disk=sent * device.codec.bytes_per_number)
 
 
 def _signals(of: Extent, tokens: float) -> float:

@@ -247,7 +247,7 @@ def collector(net: Net, project: Project, recipe: Recipe, fleet: Fleet, say: Cal
             lineage=one.ancestor.lineage,
             made=recipe.models.ancestors[one.name].make,
             made_seed=one.made_seed,
-            phase=recipe.device,
+            phase=recipe.device.of(one.device),
             piece_bytes=config.piece_bytes,
             texts=named,
         )

@@ -14,7 +14,7 @@ from statistics import median
 
 from deepfusion import adapters, checkpoints, codecs
 from deepfusion.artifacts import Checkpoint, Intake, Rejection, Upload, Work
-from deepfusion.config import Codec, LoRA
+from deepfusion.config import Codec, LoRA, Sent
 from deepfusion.encoders import decode
 from deepfusion.progress import Ticker
 from deepfusion.weights import distance
@@ -35,6 +35,7 @@ def receive(
     ancestors: Mapping[str, Checkpoint] | None = None,
     lora: LoRA | None = None,
     codec: Codec | None = None,
+    own: Mapping[str, Sent] | None = None,
     into: Path,
 ) -> Intake:
     """Accept what is whole, reject the rest with reasons.
@@ -48,6 +49,7 @@ def receive(
             need theirs.
         lora: The adapters that the recipe asks for; none: it asks for whole models.
         codec: How the recipe asks for them to be packed; none: not at all.
+        own: Device → what it is to send, where that is not what all are to.
         into: The step's folder.
 
     Raises:
@@ -56,7 +58,8 @@ def receive(
     arrivals = Counter(upload.device for upload in uploads)
     rejected = {device: f"device {device} never arrived: {failures[device]}" for device in sorted(failures)}
     accepted: dict[str, int] = {}
-    door = _Door(embedding_bytes, ancestors or {}, lora, codec, into / SCRATCH, {}, {})
+    sent = Sent(lora=lora, codec=codec)
+    door = _Door(embedding_bytes, ancestors or {}, sent, own or {}, into / SCRATCH, {}, {})
     ticker = Ticker(into, len(uploads), "uploads")
     for upload in uploads:
         if upload.device not in rejected:
@@ -83,6 +86,7 @@ def inspect(
     ancestors: Mapping[str, Checkpoint],
     lora: LoRA | None = None,
     codec: Codec | None = None,
+    own: Mapping[str, Sent] | None = None,
     scratch: Path,
 ) -> None:
     """Look at one upload alone, as `receive` does; `scratch` is a folder for what is unpacked on the way.
@@ -91,7 +95,8 @@ def inspect(
         ValueError: what is wrong with it; names the device and no folder of this machine.
     """
     try:
-        _Door(embedding_bytes, ancestors, lora, codec, scratch, {}, {}).inspect(upload, arrivals=1)
+        sent = Sent(lora=lora, codec=codec)
+        _Door(embedding_bytes, ancestors, sent, own or {}, scratch, {}, {}).inspect(upload, arrivals=1)
     except (ValueError, OSError) as fault:
         raise ValueError(_reason(upload, fault, scratch)) from None
 
@@ -141,10 +146,10 @@ class _Door:
 
     embedding_bytes: int
     ancestors: Mapping[str, Checkpoint]
-    lora: LoRA | None
-    codec: Codec | None
+    sent: Sent  # what devices are to send
+    own: Mapping[str, Sent]  # device → what it is to send instead
     scratch: Path
-    contents: dict[str, codecs.Contents]  # of packed uploads, by the ancestor's name, once they are known
+    contents: dict[tuple[str, Sent], codecs.Contents]  # of packed uploads, by the ancestor's name, once they are known
     distances: dict[str, dict[str, float]]  # ancestor → device → how far its model is from it, relative to it
 
     def inspect(self, upload: Upload, arrivals: int) -> int:
@@ -168,14 +173,15 @@ class _Door:
                 raise ValueError(f"{path} is no part of a checkpoint")
             if path.suffix not in (".safetensors", ".zst") and path.stat().st_size > TEXT_BYTES:
                 raise ValueError(f"{path} has {path.stat().st_size} bytes, and may have {TEXT_BYTES}")
-        if upload.sends != ("packed" if self.codec else "adapter" if self.lora else "model"):
-            asks = "device.upload asks" if self.codec is None and upload.sends != "packed" else "device.codec asks"
+        sent = self.own.get(upload.device, self.sent)
+        if upload.sends != ("packed" if sent.codec else "adapter" if sent.lora else "model"):
+            asks = "device.upload asks" if sent.codec is None and upload.sends != "packed" else "device.codec asks"
             raise ValueError(f"it sends its {upload.sends} alone, which is not what {asks} for")
-        if self.codec is not None:
-            self._inspect_packed(upload, self.codec)
-        elif self.lora is not None:
-            adapters.validate(upload.sent, self._ancestor(upload).folder, self.lora)
-            self._note(upload, adapters.change(upload.sent, self.lora))
+        if sent.codec is not None:
+            self._inspect_packed(upload, sent, sent.codec)
+        elif sent.lora is not None:
+            adapters.validate(upload.sent, self._ancestor(upload).folder, sent.lora)
+            self._note(upload, adapters.change(upload.sent, sent.lora))
         else:
             checkpoints.validate(upload.model)
             if (found := checkpoints.open_config(upload.model).model_type) != upload.model_type:
@@ -218,15 +224,15 @@ class _Door:
                 raise ValueError(f"it declares {fact} {said}, but {upload.ancestor} has {known}")
         return ancestor
 
-    def _inspect_packed(self, upload: Upload, codec: Codec) -> None:
+    def _inspect_packed(self, upload: Upload, sent: Sent, codec: Codec) -> None:
         ancestor = self._ancestor(upload)
         if upload.packing is None or upload.packing.codec != codec.label:
             said = "no codec" if upload.packing is None else f"codec {upload.packing.codec}"
             raise ValueError(f"it declares {said}, but device.codec is {codec.label}")
-        if upload.ancestor not in self.contents:
-            self.contents[upload.ancestor] = codecs.Contents.of(ancestor.folder, codec, self.lora)
-        contents = self.contents[upload.ancestor]
-        self._note(upload, codecs.check(upload.sent, contents, ancestor.folder, self.lora, scratch=self.scratch))
+        if (key := (upload.ancestor, sent)) not in self.contents:
+            self.contents[key] = codecs.Contents.of(ancestor.folder, codec, sent.lora)
+        found = codecs.check(upload.sent, self.contents[key], ancestor.folder, sent.lora, scratch=self.scratch)
+        self._note(upload, found)
 
 
 def _files(folder: Path) -> list[Path]:
