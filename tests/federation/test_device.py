@@ -111,14 +111,14 @@ def test_a_key_of_another_kind_or_a_folder_is_told(project: Project, file: Path)
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("/home/ann/my text/a.jsonl does not exist", "a.jsonl does not exist"),
-        ("'/home/ann/a.jsonl', line 3 has no 'answer'", "'a.jsonl', line 3 has no 'answer'"),
-        ("ancestors.tiny: /srv/models/tiny is not a folder", "ancestors.tiny: tiny is not a folder"),
+        ("/people/ann/my text/a.jsonl does not exist", "a.jsonl does not exist"),
+        ("'/people/ann/a.jsonl', line 3 has no 'answer'", "'a.jsonl', line 3 has no 'answer'"),
+        ("ancestors.tiny: /big/models/tiny is not a folder", "ancestors.tiny: tiny is not a folder"),
         ("C:\\Users\\ann\\a.jsonl:3: no text", "a.jsonl:3: no text"),
-        ("/home/ann/my text is empty", "… is empty"),
-        ("/home/ann/my text/store/steps/device: no space left", "device: no space left"),
+        ("/people/ann/my text is empty", "… is empty"),
+        ("/people/ann/my text/store/steps/device: no space left", "device: no space left"),
         ("loss is NaN after 3 steps", "loss is NaN after 3 steps"),
     ],
 )
 def test_no_folder_of_a_device_is_told_to_the_server(line: str, told: str) -> None:
-    assert without_paths(line, [Path("/home/ann/my text"), Path("/home/ann"), Path("/")]) == told
+    assert without_paths(line, [Path("/people/ann/my text"), Path("/people/ann"), Path("/")]) == told

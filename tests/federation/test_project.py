@@ -54,7 +54,7 @@ def test_the_walk_through_of_the_docs_is_what_is_printed(tmp_path: Path) -> None
     commands = [line.strip() for line in said.splitlines() if line.startswith("  ")]
     assert len(commands) == 8
     for command in commands:
-        assert f"\n    {command.replace(str(tmp_path), '/srv')}\n" in page, command
+        assert f"\n    {command.replace(str(tmp_path), '/fusion')}\n" in page, command
 
 
 @pytest.mark.parametrize(
