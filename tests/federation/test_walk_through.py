@@ -43,7 +43,7 @@ def test_the_printed_commands_are_enough(tmp_path: Path) -> None:
     with Fleet(tmp_path / "fleet") as fleet:
 
         def typed(*lines: str) -> str:
-            return fleet.call(["/bin/bash", "-c", "\n".join(("set -e", enter, *lines))], tmp_path, **home)
+            return fleet.call(["/bin/bash", "-c", "\n".join(("set -e", enter, *lines))], tmp_path, 600, **home)
 
         fleet.start("superlink", ["/bin/bash", "-c", "\n".join(server)], tmp_path, **home)
         until(lambda: "startup complete" in fleet.log("superlink"), "the SuperLink listens")

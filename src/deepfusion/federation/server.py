@@ -391,7 +391,7 @@ def fuse(grid: Grid, context: Context) -> None:
 
 def in_words(headline: Mapping[str, float]) -> str:
     """The few numbers of a run as people read them."""
-    found = [f"{METRICS[name]} {value:.3f}" for name, value in headline.items() if name in METRICS]
+    found = [f"{called} {headline[name]:.3f}" for name, called in METRICS.items() if name in headline]
     if (base := headline.get("base_token_accuracy")) is not None:
         found.append(f"the base's token accuracy {base:.3f}")
     return ", ".join(found) or "the test asks nothing that could be measured"
