@@ -238,7 +238,7 @@ def test_a_mistake_of_the_users_is_told_without_a_traceback_and_last(
 
 def test_what_a_run_found_is_told_in_words() -> None:
     told = in_words(
-        {"token_accuracy": 0.98765, "token_log_perplexity": 0.1, "base_token_accuracy": 0.02, "gap_closed": 1}
+        {"token_log_perplexity": 0.1, "token_accuracy": 0.98765, "base_token_accuracy": 0.02, "gap_closed": 1}
     )
     assert told == "token accuracy 0.988, log-perplexity 0.100, the base's token accuracy 0.020"
     assert "nothing" in in_words({})
