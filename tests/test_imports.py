@@ -43,11 +43,12 @@ LAYERS = (
     ("phases", "conclusion"),
     ("baselines",),
     ("engine", "worker", "preload", "steps"),
-    ("planner", "outlook", "learning"),
+    ("planner", "outlook", "learning", "elsewhere"),
     ("references",),
     ("pipeline", "inference"),
+    ("display", "summary"),
     ("federation",),
-    ("cli", "comparison", "display", "summary", "reference", "doctor", "fleet", "import_gguf", "__init__"),
+    ("cli", "comparison", "reference", "doctor", "fleet", "import_gguf", "__init__"),
 )
 LIGHT = ("deepfusion", "deepfusion.cli", "deepfusion.config", "deepfusion.artifacts", "deepfusion.store")
 HEAVY = {"torch", "transformers", "datasets", "sklearn", "matplotlib", "accelerate"}

@@ -44,7 +44,7 @@ def read_progress(folder: Path, now: float) -> Reading | None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them: `0.4 s`, `12 s`, `3 min 05 s`, `2 h 01 min`."""
+    """Seconds as people read them: `0.4 s`, `12 s`, `3 min 05 s`, `2 h 01 min`, `6 d 23 h`."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -52,6 +52,8 @@ def duration(seconds: float) -> str:
         return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
+    if whole >= 2 * 86400:
+        return f"{whole // 86400} d {whole % 86400 // 3600} h"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 

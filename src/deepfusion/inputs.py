@@ -23,6 +23,16 @@ def missing(recipe: Recipe) -> list[tuple[str, str]]:
     ]
 
 
+def demand(recipe: Recipe, part: str = "") -> None:
+    """See that what the recipe names is there, or what it names by keys that begin with `part`.
+
+    Raises:
+        InputError: something is not there; names it and its key.
+    """
+    if faults := [fault for fault in missing(recipe) if fault[0].startswith(part)]:
+        raise InputError(": ".join(faults[0]))
+
+
 def by_content(recipe: Recipe) -> Recipe:
     """The recipe with each path replaced by its base name and its content's digest.
 
@@ -32,8 +42,7 @@ def by_content(recipe: Recipe) -> Recipe:
     Raises:
         InputError: something is not there; names it and its key.
     """
-    if faults := missing(recipe):
-        raise InputError(": ".join(faults[0]))
+    demand(recipe)
     fields = recipe.model_dump(mode="json")
     for where, node, key in tree.paths(fields):
         node[key] = _file(Path(node[key])) if _is_text(where) else _folder(Path(node[key]))

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from deepfusion.config import Recipe, VAAObjective
 from deepfusion.planner import PlannedStep
 from deepfusion.roles import of_the_base, tunes_fedjets
 from deepfusion.steps import STEPS
 
+ELSEWHERE = "of the devices elsewhere: they train where they are, and what follows waits for their uploads"
 
-def waiting(recipe: Recipe, planned: set[str]) -> list[PlannedStep]:
-    """A line for each phase that is still to come and of which no step is planned yet, in order."""
+
+def waiting(recipe: Recipe, planned: set[str], elsewhere: Sequence[str] = ()) -> list[PlannedStep]:
+    """A line for each phase that is still to come and of which no step is planned yet, in order.
+
+    Args:
+        recipe: with contents for paths.
+        planned: phases of which steps are planned.
+        elsewhere: devices that are on machines of their own, if they are; all are taken to send.
+    """
     return [
         PlannedStep(phase, None, "wait", reason, count)
-        for phase, count, reason in _phases(recipe)
+        for phase, count, reason in _phases(recipe, elsewhere)
         if count and phase not in planned
     ]
 
 
-def _phases(recipe: Recipe) -> Iterator[tuple[str, int, str]]:
+def _phases(recipe: Recipe, elsewhere: Sequence[str]) -> Iterator[tuple[str, int, str]]:
     """(phase, steps, why as many) of everything after the models that devices start from."""
     k, shares, references = recipe.cluster.k, recipe.distill.shares, set(recipe.evaluate.references)
     one = "depends on steps that have not run"
-    given = recipe.data.partition.mode == "given"
-    devices = k if given else recipe.data.partition.devices  # given: there must be as many as clusters
-    yield "device", devices, _several(devices, "for each device" + " that the text names" * given, at_least=given)
+    given = recipe.data.partition.mode == "given" and not elsewhere
+    devices = len(elsewhere) or (k if given else recipe.data.partition.devices)  # given: at least as many as clusters
+    each = "for each " + ELSEWHERE if elsewhere else "for each device" + " that the text names" * given
+    yield "device", devices, _several(devices, each, at_least=given)
     yield "upload", 1, one
     parts = _parts(recipe, devices)
     yield "materialise", parts, _several(parts, "for each accepted upload", at_least=given)

@@ -34,6 +34,7 @@ from deepfusion.artifacts import (
 )
 from deepfusion.config import ModelSource, Recipe, Runtime
 from deepfusion.config.targets import target_of
+from deepfusion.elsewhere import devices_elsewhere, no_run_here, refuse_what_needs_text
 from deepfusion.engine import Engine, StepError, Watcher, futures, resolved
 from deepfusion.errors import InputError, concerns_all
 from deepfusion.inputs import by_content
@@ -58,9 +59,6 @@ ROUTED = {
     "fedmkt",
     "fedjets",
 }  # systems that are MoEs
-
-
-NEEDS_PRIVATE_TEXT = ("centralized", "fedjets", "fedavg_dense", "btx")  # references that train on devices' text
 
 
 @dataclass(frozen=True)
@@ -128,6 +126,8 @@ def run(
     """
     if recipe.judge is not None:
         check(recipe.judge)
+    if received is None and (devices := devices_elsewhere(recipe)):
+        raise no_run_here(recipe, devices)
     out = _folder(recipe, out)
     with _running(recipe, out, steps, runtime, watch) as (keyed, engine):
         return _publish(_Method(recipe, keyed, engine, received, only), out)
@@ -185,14 +185,21 @@ def _made_seed(recipe: Recipe, ancestor: str) -> int:
 
 
 def plan(recipe: Recipe, out: str | Path | None = None) -> list[PlannedStep]:
-    """What `run` would find done, run, or still has to wait for; runs nothing."""
+    """What `run` would find done, run, or still has to wait for; runs nothing.
+
+    Of a recipe whose devices are elsewhere, what their server would; all but its first steps wait for uploads.
+    """
     keyed = by_content(recipe)
+    elsewhere = devices_elsewhere(recipe)
     planner = Planner(Store(_folder(recipe, out) / "steps"), Runtime())
     try:
-        _Method(recipe, keyed, planner).report()
+        if not elsewhere:
+            _Method(recipe, keyed, planner).report()
+            return planner.steps
+        _Method(recipe, keyed, planner, Received()).ground()
     except NotYetRunError:
-        planner.steps += waiting(keyed, {step.phase for step in planner.steps})
-    return planner.steps
+        pass
+    return planner.steps + waiting(keyed, {step.phase for step in planner.steps}, elsewhere)
 
 
 def _folder(recipe: Recipe, out: str | Path | None) -> Path:
@@ -387,13 +394,8 @@ class _Method:
         if self.received is None:
             corpus = self.go(Corpus, "data", seed=seed, **data)
         else:
-            if recipe.federation is None:
-                raise InputError("the recipe has no `federation` section: say in it which devices may send")
-            if asked := [name for name in recipe.evaluate.references if name in NEEDS_PRIVATE_TEXT]:
-                raise InputError(
-                    f"evaluate.references names {asked[0]}, which trains on devices' private text, and a federation's "
-                    f"server has none: leave out {', '.join(NEEDS_PRIVATE_TEXT)}"
-                )
+            refuse_what_needs_text(recipe)
+            assert recipe.federation is not None
             corpus = self.go(Corpus, "public", devices=list(recipe.federation.devices), seed=seed, **data)
         base = self.ancestor("base", recipe.models.base, keyed.models.base, corpus, seed)
         ancestors = {

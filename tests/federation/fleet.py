@@ -78,11 +78,11 @@ class Fleet:
                 stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_the_test,
             )  # fmt: skip
 
-    def call(self, command: list[str], folder: Path, **environment: str) -> str:
+    def call(self, command: list[str], folder: Path, seconds: float = PATIENCE, **environment: str) -> str:
         """Run a command to its end; gives what it printed."""
         done = subprocess.run(
             [str(BIN / command[0]), *command[1:]], cwd=folder, env=self.environment | environment, check=False,
-            capture_output=True, text=True, timeout=PATIENCE,
+            capture_output=True, text=True, timeout=seconds,
         )  # fmt: skip
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout

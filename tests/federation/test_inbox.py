@@ -24,7 +24,7 @@ CONTENTS = {"model/a.safetensors": b"0123456789", "model/config.json": b"{}", "m
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    tree = TREE | {"federation": {"devices": ["north", "south"], "quorum": 2}}
+    tree = TREE | {"federation": {"devices": ["north", "south"], "quorum": 2}, "evaluate": {"references": []}}
     return init(tmp_path_factory.mktemp("made") / "there", Recipe.parse(tree), tree, ["example.org", "::1"], 8000)
 
 

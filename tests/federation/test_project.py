@@ -16,6 +16,7 @@ from deepfusion.config import Recipe
 from deepfusion.errors import InputError
 from deepfusion.federation.project import Project, node_keys
 from deepfusion.phases.data import build_corpus, build_public
+from pages import DOCS
 from tiny import TREE
 
 FEDERATION = {"federation": {"devices": ["north", "south"], "quorum": 2}}
@@ -45,6 +46,42 @@ def test_the_folder_is_ready_for_plain_flower_commands(tmp_path: Path) -> None:
     known = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert known.get_values_for_type(x509.DNSName) == ["fusion.example.org", "localhost"]
     assert sorted(path.name for path in project.device(names[0]).iterdir()) == ["ca.crt", "device.yaml", "node.key"]
+
+
+def test_the_walk_through_of_the_docs_is_what_is_printed(tmp_path: Path) -> None:
+    said = made(tmp_path / "clinic", "--set", "federation.devices=[north, south]", "--set", "federation.quorum=2")
+    page = (DOCS / "federation.md").read_text(encoding="utf-8").replace(" \\\n       ", "")
+    commands = [line.strip() for line in said.splitlines() if line.startswith("  ")]
+    assert len(commands) == 8
+    for command in commands:
+        assert f"\n    {command.replace(str(tmp_path), '/fusion')}\n" in page, command
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("evaluate.references=[fedavg_dense]", "evaluate.references names fedavg_dense, which trains on devices'"),
+        ("device.encoder=models", "device.encoder is "),
+        ("models.ancestors.gpt2={path: nowhere}", "models.ancestors.gpt2.path: "),
+        ("federation=null", "has no `federation` section"),
+    ],
+)
+def test_what_the_server_would_refuse_makes_no_folder(tmp_path: Path, setting: str, words: str) -> None:
+    done = CliRunner().invoke(app, ["federation", "init", str(tmp_path / "clinic"), "--set", setting])
+    assert done.exit_code == 2
+    assert f"deepfusion: error: {words}" in done.stderr or words in done.stderr
+    assert not (tmp_path / "clinic").exists()
+
+
+def test_private_rows_in_the_servers_files_make_no_folder(tmp_path: Path) -> None:
+    splits = ("public", "test", "private")
+    rows = [{"split": s, "domain": "law", "question": f"Who {s}?", "answer": "Ann."} for s in splits]
+    (tmp_path / "server.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = json.dumps({"kind": "files", "sources": [{"path": str(tmp_path / "server.jsonl")}]})
+    done = CliRunner().invoke(app, ["federation", "init", str(tmp_path / "x"), "--set", f"data.source={source}"])
+    assert done.exit_code == 2
+    assert "line 3 is private: in a federation private text is on the devices" in done.stderr
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:

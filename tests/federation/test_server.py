@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +16,13 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from deepfusion.artifacts import Upload
 from deepfusion.config import DevicePhase, Federation, Recipe
-from deepfusion.federation import messages
+from deepfusion.errors import InputError
+from deepfusion.federation import messages, server
 from deepfusion.federation.inbox import Inbox
 from deepfusion.federation.manifest import Manifest, digest, sign
 from deepfusion.federation.messages import Announcement, Order, Piece
 from deepfusion.federation.project import Project, init
-from deepfusion.federation.server import Collector
+from deepfusion.federation.server import Collector, News, Standing, in_words, waited_for
 from federation.test_inbox import nothing_wrong, sent, stream
 from tiny import TREE
 
@@ -35,7 +38,7 @@ def in_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
-    tree = TREE | {"federation": {"devices": ["north", "south"], "quorum": 2}}
+    tree = TREE | {"federation": {"devices": ["north", "south"], "quorum": 2}, "evaluate": {"references": []}}
     return init(tmp_path / "there", Recipe.parse(tree), tree, ["localhost"], 8000)
 
 
@@ -47,9 +50,10 @@ class Net:
     waiting: dict[str, Any]
     kinds: list[str]
     activated: str = "once"
+    nodes: list[bytes] = field(default_factory=lambda: [b"north"])
 
     def get_nodes(self) -> list[Any]:
-        return [SimpleNamespace(node_id=7, public_key=b"north", last_activated_at=self.activated)]
+        return [SimpleNamespace(node_id=7, public_key=key, last_activated_at=self.activated) for key in self.nodes]
 
     def push_messages(self, those: Iterable[Message]) -> list[str]:
         [message] = those
@@ -135,6 +139,109 @@ def test_a_device_that_fails_again_and_again_is_left_out_with_its_reason(project
     assert len(net.kinds) == before  # it is given up
     steps(collecting(net, project), [0])
     assert net.kinds[before:] == [messages.ORDER]  # whoever has mended it finds the door open
+
+
+def stood(**states: str) -> dict[str, Standing]:
+    return {device: Standing(*state.split("|")) for device, state in states.items()}  # pyright: ignore
+
+
+def test_a_line_names_all_that_are_waited_for_and_the_time_left() -> None:
+    standing = stood(a="accepted", b="sending|34%", c="training", d="gone|5%", e="never connected", f="never connected")
+    told = waited_for(standing, 604_000, quorum=False)
+    assert told == (
+        "waiting for 5 of 6 devices, 6 d 23 h until the deadline; sending: b 34%; training: c; gone: d 5%; "
+        "never connected: e, f"
+    )
+    told = waited_for(stood(a="accepted", b="given up", c="rejected", d="training"), 599, quorum=True)
+    assert told == "waiting for 1 of 4 devices, 9 min 59 s more at most, for there is a quorum; training: d"
+
+
+def test_whom_a_server_waits_for_is_said_at_once_when_it_changes_and_ever_less_often_while_it_does_not() -> None:
+    said: list[str] = []
+    news = News(said.append)
+    at: list[int] = []
+    for now in range(500):
+        standing = stood(north="never connected" if now < 10 else f"sending|{now // 10}%")
+        before = len(said)
+        news.tell(standing, now, 1000, quorum=False)
+        at += [now] * (len(said) - before)
+    assert at == [0, 10, 70, 190, 430]  # bytes alone are no news: they have lines of their own
+    assert said[2] == "waiting for 1 of 1 device, 15 min 30 s until the deadline; sending: north 7%"
+
+
+def test_a_device_never_connected_then_trains_sends_is_gone_and_accepted(project: Project, tmp_path: Path) -> None:
+    net = Net(lambda *_: None, {}, [])
+    collector = collecting(net, project)
+    here, net.nodes = net.nodes, []
+
+    def stands(now: int) -> tuple[str, ...]:
+        collector.step(now)
+        return tuple(f"{one.state} {one.share}".strip() for one in collector.standing().values())
+
+    assert stands(0) == ("never connected", "never connected")
+    net.nodes = here
+    assert stands(1) == ("training", "never connected")
+    net.activated = "again"
+    whole = device(project, sent(tmp_path / "made"), collector.orders["north"].digest)
+    net.answer = lambda kind, message: whole(kind, message) if kind == messages.ORDER else None
+    collector.step(2)
+    assert stands(3) == ("sending 42%", "never connected")
+    net.nodes = []
+    assert stands(4) == ("gone 42%", "never connected")
+    net.nodes, net.answer = here, whole
+    collector.step(20)
+    assert stands(21) == ("accepted", "never connected")
+
+
+def test_collecting_says_whom_it_waits_for(project: Project) -> None:
+    said: list[str] = []
+    collector = collecting(Net(lambda *_: None, {}, []), project)
+    collector.say = said.append
+    clock = iter(range(10_000))
+    collector.collect(50, now=lambda: float(next(clock)), rest=0)
+    assert said[0].startswith("waiting for 2 of 2 devices, ")
+    assert said[0].endswith(" s until the deadline; training: north; never connected: south")
+    assert len(said) == 1
+
+
+def test_a_mistake_of_the_users_is_told_without_a_traceback_and_last(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    handlers: list[Callable[[], None]] = []
+    monkeypatch.setattr(server, "add_exit_handler", handlers.append)
+    flower = logging.getLogger("flwr")
+    written = StringIO()
+    handler = logging.StreamHandler(written)
+    flower.addHandler(handler)
+    try:
+        with pytest.raises(InputError) as told:
+            server.main(None, SimpleNamespace(run_config={}))  # type: ignore[arg-type]
+        flower.error("ServerApp raised an exception", exc_info=told.value)
+        try:
+            raise RuntimeError("ours")
+        except RuntimeError as error:
+            flower.error("ServerApp raised an exception", exc_info=error)
+    finally:
+        flower.removeHandler(handler)
+        flower.removeFilter(server.without_traceback)
+    lines = written.getvalue().splitlines()
+    assert lines[:3] == [
+        "ServerApp raised an exception",
+        "ServerApp raised an exception",
+        "Traceback (most recent call last):",
+    ]
+    [last] = handlers
+    last()
+    assert capsys.readouterr().out == f"deepfusion: error: recipe {tmp_path / 'recipe.yaml'} does not exist\n"
+
+
+def test_what_a_run_found_is_told_in_words() -> None:
+    told = in_words(
+        {"token_log_perplexity": 0.1, "token_accuracy": 0.98765, "base_token_accuracy": 0.02, "gap_closed": 1}
+    )
+    assert told == "token accuracy 0.988, log-perplexity 0.100, the base's token accuracy 0.020"
+    assert "nothing" in in_words({})
 
 
 def test_collecting_ends_with_quorum_and_grace_or_the_deadline(project: Project, tmp_path: Path) -> None:

@@ -57,17 +57,21 @@ def init(
     if as_json:
         emit({"folder": str(folder), "devices": devices, "server": server, "device": device})
         return
+    there = f"  cd {shlex.quote(str(made.root.absolute()))} && {project.HOME}"
     lines = [
         f"{made.root} is ready. Carry devices/NAME to each device, over a channel you trust: it holds its private key.",
         "",
-        f"server, in {folder}:",
+        "server, in a terminal of its own:",
+        there,
         f"  {server}",
-        "and in a second terminal, in the same folder, once:",
-        "  export FLWR_HOME=$PWD",
-        f"  for key in keys/*.pub; do flwr supernode register $key {project.CONNECTION}; done",
+        "and in a second terminal, once:",
+        there,
+        f'  for key in keys/*.pub; do flwr supernode register "$key" {project.CONNECTION}; done',
         f"  flwr run app {project.CONNECTION} --stream",
+        f"  flwr list {project.CONNECTION}",
         "",
-        "each device, in its folder, once device.yaml names its text:",
+        "each device, in its own folder, once device.yaml names its text:",
+        f"  {project.HOME}",
         f"  {device}",
     ]
     STDOUT.print("\n".join(lines), markup=False, soft_wrap=True)

@@ -43,19 +43,20 @@ def locate(name: str | Path) -> tuple[Path, Path]:
     return embedded[str(name)], Path("recipes")
 
 
-def read(path: Path) -> Tree:
-    """Read a YAML file.
+def read(path: Path, kind: str = "recipe") -> Tree:
+    """Read a YAML file; `kind` says what it is to whoever wrote it.
 
     Raises:
         InputError: there is none, it is no mapping, or a key stands twice in one; names file, line and column.
     """
-    text = as_text(read_file(path, "recipe"), str(path))
+    text = as_text(read_file(path, kind), str(path))
     try:
         tree = _loaded(text)
     except yaml.YAMLError as error:
         raise InputError(f"{path}, {_place(error, text)} is not YAML: {_problem(error)}") from None
     if not isinstance(tree, dict):
-        raise InputError(f"{path}: a recipe must be a mapping of sections (name, data, models, …)")
+        sections = " of sections (name, data, models, …)" if kind == "recipe" else ""
+        raise InputError(f"{path}: a {kind} must be a mapping{sections}")
     return _unshared(tree)
 
 

@@ -26,6 +26,8 @@ from deepfusion.errors import InputError
 
 SPLITS = ("private", "public", "test")
 PROMPT: str = FileData.model_fields["prompt"].default
+ON_A_DEVICE = {"split": "private", "domain": "all"}  # what a row there is that does not say
+NOTHING: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -84,20 +86,8 @@ def read_text(config: FileData, seed: int, *, private_elsewhere: bool = False) -
         InputError: names the file and line of the first row that cannot be used, the private group that is public, or
             the purpose for which no row is left.
     """
-    prompt_parts(config.prompt)
     counts: Counter[str] = Counter()
-    rows: list[Row] = []
-    for number, source in enumerate(config.sources):
-        rows += _limited(_rows(source, config, counts), source.max_rows, f"{seed}-rows-{number}", counts)
-    rows = _marked(rows)
-    if config.domains is not None:
-        there = {row.domain for row in rows}
-        if unknown := sorted(set(config.domains) - there):
-            raise InputError(
-                f"data.source.domains names {unknown[0]!r}, but the text of {_names(config)} is about "
-                f"{', '.join(sorted(there))}"
-            )
-        rows = [row for row in rows if row.domain in config.domains]
+    rows = _kept(config, seed, counts)
     heldout = [
         row for row in rows if row.split == "private" and _draw(f"{seed}-heldout-{row.id}") < config.heldout_share
     ]
@@ -122,8 +112,19 @@ def read_text(config: FileData, seed: int, *, private_elsewhere: bool = False) -
     return Text(domains, tuple(private), tuple(heldout), tuple(public), tuple(test), dict(counts))
 
 
+def private_row(config: FileData, seed: int) -> str | None:
+    """File and line of the first row that `read_text` would use as private text, if there is one.
+
+    Raises:
+        InputError: names the file and line of the first row that cannot be used.
+    """
+    return next((row.origin for row in _kept(config, seed, Counter()) if row.split == "private"), None)
+
+
 def read_private(sources: Sequence[TextSource], prompt: str = PROMPT) -> list[Document]:
     """A device's own text: the private rows of its sources, in order.
+
+    Rows and sources that say nothing of it are private, and of the domain `all`.
 
     Raises:
         InputError: names the file and line of the first row that cannot be used, or says that no row is private.
@@ -131,10 +132,10 @@ def read_private(sources: Sequence[TextSource], prompt: str = PROMPT) -> list[Do
     config = FileData(kind="files", sources=tuple(sources), prompt=prompt)
     prompt_parts(prompt)
     counts: Counter[str] = Counter()
-    rows = _marked([row for source in sources for row in _rows(source, config, counts)])
+    rows = _marked([row for source in sources for row in _rows(source, config, counts, ON_A_DEVICE)])
     found = [row.document for row in rows if row.split == "private"]
     if not found:
-        raise InputError(f"no row of {_names(config)} is private: give rows, or the source, `split: private`")
+        raise InputError(f"no row of {_names(config)} is private: leave `split` out of the rows, or make it private")
     return found
 
 
@@ -194,8 +195,28 @@ def render_prompt(template: str, question: str, context: str | None) -> str:
     return re.sub(r"\{(context|question)\}", lambda match: texts[match[1]], "".join(lines))
 
 
-def _rows(source: TextSource, config: FileData, counts: Counter[str]) -> list[Row]:
-    """The source's rows that match `where` and are short enough."""
+def _kept(config: FileData, seed: int, counts: Counter[str]) -> list[Row]:
+    """The rows of all sources and of the domains that are asked for; `counts` is told of the others."""
+    prompt_parts(config.prompt)
+    rows: list[Row] = []
+    for number, source in enumerate(config.sources):
+        rows += _limited(_rows(source, config, counts), source.max_rows, f"{seed}-rows-{number}", counts)
+    rows = _marked(rows)
+    if config.domains is None:
+        return rows
+    there = {row.domain for row in rows}
+    if unknown := sorted(set(config.domains) - there):
+        raise InputError(
+            f"data.source.domains names {unknown[0]!r}, but the text of {_names(config)} is about "
+            f"{', '.join(sorted(there))}"
+        )
+    return [row for row in rows if row.domain in config.domains]
+
+
+def _rows(
+    source: TextSource, config: FileData, counts: Counter[str], defaults: Mapping[str, str] = NOTHING
+) -> list[Row]:
+    """The source's rows that match `where` and are short enough; `defaults` fill what neither it nor they say."""
     rows: list[Row] = []
     read = 0
     for origin, raw in read_table(source):
@@ -203,7 +224,7 @@ def _rows(source: TextSource, config: FileData, counts: Counter[str]) -> list[Ro
         if not all(_matches(_get(raw, source, column), value) for column, value in source.where.items()):
             counts["left_out_by_where"] += 1
             continue
-        row = _row(origin, raw, source, config.prompt)
+        row = _row(origin, raw, source, config.prompt, defaults)
         too_long = config.max_answer_bytes is not None and len(row.answer.encode()) > config.max_answer_bytes
         if row.prompt and too_long:  # plain text has no answer: it is cut into lessons instead
             counts["left_out_long_answers"] += 1
@@ -239,7 +260,9 @@ def _missed(column: str, raw: Mapping[str, Any]) -> str:
     return f"{column!r}" + (f" (it has {close[0]!r}: is that it?)" if close else "")
 
 
-def _row(origin: str, raw: Mapping[str, Any], source: TextSource, template: str) -> Row:
+def _row(
+    origin: str, raw: Mapping[str, Any], source: TextSource, template: str, defaults: Mapping[str, str] = NOTHING
+) -> Row:
     def text(field: str, default: str | None = None) -> str:
         value = _get(raw, source, field)
         value = default if value is None else str(value)
@@ -252,9 +275,9 @@ def _row(origin: str, raw: Mapping[str, Any], source: TextSource, template: str)
     def known(field: str, override: str | None) -> str:
         if override is not None:
             return override
-        if _get(raw, source, field) is None:
+        if _get(raw, source, field) is None and field not in defaults:
             raise InputError(f"{origin} has no {_missed(field, raw)}: add the column, or set `{field}` of the source")
-        return text(field)
+        return text(field, defaults.get(field))
 
     split = known("split", source.split)
     if split not in SPLITS:

@@ -23,6 +23,7 @@ from deepfusion.doctor.models import BASE, Start
 from deepfusion.doctor.text import Reading
 from deepfusion.doctor.timing import Rates
 from deepfusion.doctor.work import Task, size_of, worked_out
+from deepfusion.elsewhere import refuse_what_needs_text
 from deepfusion.inputs import missing
 from deepfusion.judging import check
 from deepfusion.labels import counted
@@ -78,6 +79,8 @@ def _inputs(recipe: Recipe, scratch: Path) -> tuple[list[Check], list[Task]]:
             found += text.checks(reading, recipe)
         except ValueError as error:
             found.append(Check("text", "data", "problem", str(error), MEND_TEXT))
+    refused = list(_refused(reading, recipe))
+    found += refused
     starts: dict[str, Start] = {}
     words = [d.text for d in (*reading.public, *reading.questions)] if reading else []
     known: dict[int, Tokenizer] = {}
@@ -108,12 +111,21 @@ def _inputs(recipe: Recipe, scratch: Path) -> tuple[list[Check], list[Task]]:
         return found, []
     devices = [device.id for device in reading.corpus.devices]
     ancestors = {start.name: start for key, start in starts.items() if key != BASE}
-    found += models.lineages(ancestors, devices, recipe)
+    found += models.lineages(ancestors, devices, recipe, elsewhere=reading.elsewhere)
     found += models.of_the_base(starts[BASE], ancestors, devices, recipe)
     found += tokenizers.checks(starts, reading.public, recipe)
     measured = {start.tokenizer.fingerprint: lengths.Lengths(start.tokenizer) for start in starts.values()}
     found += lengths.checks(reading, starts, measured, recipe)
-    return found, [] if base.state == "problem" else worked_out(Extent(recipe, reading, starts, measured))
+    return found, [] if refused or base.state == "problem" else worked_out(Extent(recipe, reading, starts, measured))
+
+
+def _refused(reading: Reading | None, recipe: Recipe) -> Iterator[Check]:
+    """What the recipe asks for and its federation's server would refuse."""
+    if reading is not None and reading.elsewhere:
+        try:
+            refuse_what_needs_text(recipe)
+        except ValueError as error:
+            yield Check("text", "federation", "problem", str(error))
 
 
 def _encoder(recipe: Recipe) -> Iterator[Check]:

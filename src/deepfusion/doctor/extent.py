@@ -1,7 +1,8 @@
 """What a run has to deal with: its models, its text in their tokens, and what they will write, as far as one can know.
 
 What only a run tells is assumed: devices fall into clusters of equal size, a cluster has as many lineages as it can,
-and models write texts as long as those that they have learned.
+and models write texts as long as those that they have learned, or where only devices elsewhere have these, as long as
+public ones.
 """
 
 from __future__ import annotations
@@ -87,14 +88,14 @@ class Extent:
 
     def written(self, start: Start) -> float:
         """Tokens of a text that a model writes from nothing."""
-        whole = [length.whole + EDGES for length in self.known(start).measure(self.text.everyones)]
+        whole = [length.whole + EDGES for length in self.known(start).measure(self.text.learned)]
         limit = self.recipe.transfer.max_new_tokens
         return sum(min(length, limit) for length in whole) / max(1, len(whole))
 
     def answered(self, start: Start) -> float:
         """Tokens of a question that a model answers, answer included."""
         asked = [length.whole + EDGES for length in self.known(start).measure(self.text.questions)]
-        answers = [length.answer for length in self.known(start).measure(self.text.everyones)]
+        answers = [length.answer for length in self.known(start).measure(self.text.learned)]
         answer = min(sum(answers) / max(1, len(answers)), self.recipe.transfer.max_new_tokens)
         return (sum(asked) / len(asked) if asked else 0.0) + answer
 
@@ -137,6 +138,6 @@ class Extent:
         return max(0.0, budget - self.routed() * base.active) / (3 * moe.active)
 
     def longest(self, start: Start) -> int:
-        """Tokens of the longest private text, with its end."""
-        whole: Sequence[int] = [length.whole + 1 for length in self.known(start).measure(self.text.everyones)]
+        """Tokens of the longest text that devices learn, with its end."""
+        whole: Sequence[int] = [length.whole + 1 for length in self.known(start).measure(self.text.learned)]
         return max(whole, default=1)

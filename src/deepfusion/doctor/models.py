@@ -188,9 +188,12 @@ def adapter(start: Start, lora: LoRA) -> int:
     return sum(lora.rank * (site.inputs + site.outputs) for site in found)
 
 
-def lineages(ancestors: Mapping[str, Start], devices: Sequence[str], recipe: Recipe) -> Iterator[Check]:
+def lineages(
+    ancestors: Mapping[str, Start], devices: Sequence[str], recipe: Recipe, *, elsewhere: bool = False
+) -> Iterator[Check]:
     """Whose devices can be averaged with whose."""
     start_of = starting_points(devices, recipe.models, recipe.seed)
+    more = "name more devices in federation.devices" if elsewhere else "raise data.partition.devices"
     groups: dict[str, list[str]] = {}
     for name, start in ancestors.items():
         groups.setdefault(start.lineage, []).append(name)
@@ -203,7 +206,7 @@ def lineages(ancestors: Mapping[str, Start], devices: Sequence[str], recipe: Rec
             few = "one device starts from it"
         can = ", and can be averaged in a cluster" if len(held) > 1 else ""
         yield Check("lineages", called, "ok" if held else "warning", f"{same}{few}{can}",
-                    "" if held else "raise data.partition.devices, or leave the ancestor out")  # fmt: skip
+                    "" if held else f"{more}, or leave the ancestor out")  # fmt: skip
     alike: dict[str, list[str]] = {}
     for name, start in ancestors.items():
         if start.made:

@@ -12,7 +12,9 @@ from deepfusion.config import FileData, Recipe
 from deepfusion.data.corpora import read_text
 from deepfusion.data.documents import Document, Question, read_jsonl
 from deepfusion.doctor.diagnosis import Check
-from deepfusion.phases.data import build_corpus
+from deepfusion.elsewhere import devices_elsewhere
+from deepfusion.labels import counted, joined
+from deepfusion.phases.data import build_corpus, build_public
 
 LITTLE = 1000  # bytes of private text from which a model learns next to nothing
 
@@ -28,6 +30,7 @@ class Reading:
     heldout: list[Document]
     test: list[Question]
     origins: dict[str, str] = field(default_factory=dict[str, str])  # id → file and line, where there is one
+    elsewhere: bool = False  # what devices hold is on machines of their own, and not known here
 
     def place(self, document: Document) -> str:
         """Where a document stands, for people."""
@@ -38,38 +41,56 @@ class Reading:
         """What devices hold, each document once."""
         return list({document.text: document for held in self.private.values() for document in held}.values())
 
+    @property
+    def learned(self) -> list[Document]:
+        """What stands for texts of the kind that devices learn from and write: theirs, or where these are not known,
+        the public ones.
+        """
+        return self.public if self.elsewhere else self.everyones
+
 
 def read(recipe: Recipe, into: Path) -> Reading:
-    """Run the data step in a folder of its own, and open what it made.
+    """Run the data step in a folder of its own, and open what it made: that of a federation's server, where only its
+    devices have private text.
 
     Raises:
         InputError: a source or a row cannot be used, a private group is public, or a device would hold no text.
     """
     source = recipe.data.source
-    corpus = build_corpus(recipe.data, seed=recipe.seed, into=into)
+    if devices := devices_elsewhere(recipe):
+        corpus = build_public(recipe.data, devices=devices, seed=recipe.seed, into=into)
+    else:
+        corpus = build_corpus(recipe.data, seed=recipe.seed, into=into)
     origins: dict[str, str] = {}
     if isinstance(source, FileData):
-        text = read_text(source, recipe.seed)
+        text = read_text(source, recipe.seed, private_elsewhere=bool(devices))
         origins = {row.id: row.origin for rows in (text.private, text.heldout, text.public, text.test) for row in rows}
+    held = {device.id: corpus.private(device.id) for device in corpus.devices}
     return Reading(
         corpus,
-        {device.id: list(read_jsonl(corpus.private(device.id), Document)) for device in corpus.devices},
+        {device: [] if devices else list(read_jsonl(path, Document)) for device, path in held.items()},
         list(read_jsonl(corpus.public, Document)),
         list(read_jsonl(corpus.questions, Document)),
         list(read_jsonl(corpus.heldout, Document)),
         list(read_jsonl(corpus.test, Question)),
         origins,
+        elsewhere=bool(devices),
     )
 
 
 def checks(text: Reading, recipe: Recipe) -> Iterator[Check]:
     """What is to be said of the text alone."""
     private = text.everyones
+    held = f"private text on {counted(len(text.private), 'device')} elsewhere"
+    if not text.elsewhere:
+        held = f"{len(private)} private documents on {len(text.private)} devices"
     yield Check(
         "text", "data", "ok",
-        f"{len(private)} private documents on {len(text.private)} devices, {len(text.public)} public, "
-        f"{len(text.heldout)} held out, {len(text.test)} test questions; {_domains(private, text.test)}",
+        f"{held}, {len(text.public)} public, {len(text.heldout)} held out, {len(text.test)} test questions; "
+        f"{_domains(private, text.test, text.elsewhere)}",
     )  # fmt: skip
+    if recipe.federation is not None:
+        yield _federation(text, recipe)
     for name, count in text.corpus.counts.items():
         if name.startswith("left_out") and count:
             yield Check("text", "data.source", "ok", f"{count} {name.replace('_', ' ')}")
@@ -87,7 +108,7 @@ def checks(text: Reading, recipe: Recipe) -> Iterator[Check]:
             "add test rows of this domain",
         )  # fmt: skip
     for device in text.corpus.devices:
-        if device.bytes < LITTLE:
+        if device.bytes < LITTLE and not text.elsewhere:
             yield Check(
                 "text", device.id, "warning",
                 f"holds {device.documents} documents of {device.bytes} bytes in all: too little to learn from",
@@ -99,6 +120,25 @@ def checks(text: Reading, recipe: Recipe) -> Iterator[Check]:
             f"{recipe.cluster.k} clusters cannot be made of {len(text.private)} devices",
             f"set cluster.k to {len(text.private)} or less",
         )  # fmt: skip
+
+
+def _federation(text: Reading, recipe: Recipe) -> Check:
+    """Whose text is where, and what of it is not known before devices have sent."""
+    assert recipe.federation is not None
+    names = recipe.federation.devices
+    if text.elsewhere:
+        return Check(
+            "text", "federation", "ok",
+            f"{joined(list(names))} have text of their own: how much, in which domains and of what length is known to "
+            "them alone, so what they do costs nothing here and is not told, and what they will write is taken to be "
+            "as long as public text",
+        )  # fmt: skip
+    return Check(
+        "text", "federation", "ok",
+        "looked at as a run on this machine, for the recipe has private text of its own: "
+        f"{counted(len(text.private), 'device')} of data.partition; in a federation, {joined(list(names))} bring their "
+        "own",
+    )  # fmt: skip
 
 
 def _given_away(text: Reading) -> Iterator[Check]:
@@ -119,7 +159,9 @@ def _words(prompt: str) -> str:
     return " ".join(prompt.casefold().split())
 
 
-def _domains(private: Sequence[Document], test: Sequence[Document]) -> str:
+def _domains(private: Sequence[Document], test: Sequence[Document], elsewhere: bool) -> str:
     held, asked = Counter(d.domain for d in private), Counter(d.domain for d in test)
     names = sorted(held.keys() | asked.keys())
-    return "; ".join(f"{name}: {held[name]} private, {asked[name]} test" for name in names)
+    return "; ".join(
+        f"{name}: " + f"{held[name]} private, " * (not elsewhere) + f"{asked[name]} test" for name in names
+    )

@@ -62,7 +62,7 @@ def worked_out(of: Extent) -> list[Task]:
 
 def _before(of: Extent) -> Iterator[Task]:
     size = sum(path.stat().st_size for path in of.text.corpus.folder.rglob("*") if path.is_file())
-    yield Task("data", 1, disk=size)
+    yield Task("public" if of.text.elsewhere else "data", 1, disk=size)
     for start in of.starts.values():
         shape = start.shape
         if start.made is None:
@@ -73,14 +73,8 @@ def _before(of: Extent) -> Iterator[Task]:
 
 
 def _devices(of: Extent) -> Iterator[Task]:
-    known = {start.key: of.known(start).tokens(of.text.public) for start in of.starts.values()}
-    for name, start in of.by_device().items():
-        device = of.recipe.device.of(name)
-        own, public = of.known(start).tokens(of.text.private[name]), known[start.key]
-        replay = min(public, own * device.replay)
-        tokens = device.epochs * (own + replay)
-        task = _training(of, "device", start.shape, device.training, tokens, lessons=own + public)
-        yield _sent(task, start, device)
+    if not of.text.elsewhere:
+        yield from _taught(of)
     largest = max((start.shape for start in of.by_device().values()), key=lambda shape: shape.parameters)
     yield Task("upload", 1, shape=largest)
     for name, start in of.by_device().items():
@@ -90,6 +84,18 @@ def _devices(of: Extent) -> Iterator[Task]:
     count, members = of.proxies()
     weights = of.mean(lambda start: start.shape.parameters * size_of(of.sent))
     yield Task("proxy", count, shape=largest, disk=weights if members > 1 else 0)
+
+
+def _taught(of: Extent) -> Iterator[Task]:
+    """What devices learn."""
+    known = {start.key: of.known(start).tokens(of.text.public) for start in of.starts.values()}
+    for name, start in of.by_device().items():
+        device = of.recipe.device.of(name)
+        own, public = of.known(start).tokens(of.text.private[name]), known[start.key]
+        replay = min(public, own * device.replay)
+        tokens = device.epochs * (own + replay)
+        task = _training(of, "device", start.shape, device.training, tokens, lessons=own + public)
+        yield _sent(task, start, device)
 
 
 def _transfer(of: Extent) -> Iterator[Task]:

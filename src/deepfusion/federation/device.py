@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +26,7 @@ from deepfusion.data.documents import Document, read_jsonl, write_jsonl
 from deepfusion.engine import Engine
 from deepfusion.errors import InputError
 from deepfusion.federation import messages
-from deepfusion.federation.manifest import Manifest, digest, sign
+from deepfusion.federation.manifest import Manifest, digest, private_key, sign
 from deepfusion.federation.messages import Announcement, Order, Piece
 from deepfusion.steps import STEPS
 from deepfusion.store import Store
@@ -67,11 +69,12 @@ class DeviceFile(Section):
         Raises:
             InputError: names the file and the field at fault.
         """
-        fields = tree.read(path)
+        fields = tree.read(path, "device file")
         try:
             read = cls.model_validate(fields)
         except ValidationError as error:
-            raise InputError(f"{path}: {explain(error, cls)}") from None
+            whose = f" of device {name}" if isinstance(name := fields.get("name"), str) else ""
+            raise InputError(f"device file {path}{whose}: {explain(error, cls)}") from None
         here = path.parent.absolute()
 
         def at(name: str) -> str:
@@ -112,6 +115,7 @@ class Device:
         Raises:
             ValueError: it cannot be done; says why.
         """
+        private_key(Path(self.file.key))  # that it is no key is told now, and not after a training
         upload = self.trained(order, texts)
         content = Manifest.of(upload, order.digest).content
         known = digest(content)
@@ -220,14 +224,30 @@ def _answer(message: Message, context: Context, act: Any) -> Message:
     except Exception as error:  # whatever it is, the server is to know, and this device's log has all of it
         print(f"deepfusion: {type(error).__name__}: {error}", flush=True)
         line = " ".join(str(error).split()) if isinstance(error, ValueError) else type(error).__name__
-        content = messages.reply(None, None, _without_paths(line, device))
+        content = messages.reply(None, None, without_paths(line, _folders(device)))
     return Message(content, reply_to=message)
 
 
-def _without_paths(line: str, device: Device | None) -> str:
-    """What the server may read: where things lie on this machine is not its business."""
-    words = [Path(word).name if "/" in word else word for word in line.split(" ")]
-    return " ".join(words) if device is None else " ".join(words).replace(str(device.store.parent), "")
+def without_paths(line: str, folders: Iterable[Path]) -> str:
+    """What the server may read: where things lie on a device's machine is not its business.
+
+    Args:
+        line: what is to be told.
+        folders: those of this machine that it may name; a name with spaces is known by this alone.
+    """
+    for folder in sorted({str(folder) for folder in folders if folder.parts[1:]}, key=len, reverse=True):
+        line = line.replace(f"{folder}/", "").replace(folder, "…")
+    return " ".join(re.sub(r".*[/\\\\](?=.)", "", word) for word in line.split(" "))
+
+
+def _folders(device: Device | None) -> Iterator[Path]:
+    """The folders that hold what an error of this device may name."""
+    yield from (Path.cwd(), Path.home())
+    if device is not None:
+        file = device.file
+        sources = (source.path for source in file.text)
+        for name in (file.key, file.documents, file.store, *file.ancestors.values(), *sources):
+            yield from (Path(name).parent,) if name else ()
 
 
 @app.train()

@@ -106,13 +106,7 @@ def sign(content: bytes, key: Path) -> bytes:
     Raises:
         InputError: the file is no such key.
     """
-    try:
-        private = load_ssh_private_key(read_file(key, "key"), None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        private = None
-    if not isinstance(private, ec.EllipticCurvePrivateKey):
-        raise InputError(f"key {key} is not an elliptic-curve key of OpenSSH: take the one that `federation init` made")
-    return private.sign(content, _ALGORITHM)
+    return private_key(key).sign(content, _ALGORITHM)
 
 
 def verify(content: bytes, signature: bytes, key: Path) -> None:
@@ -121,12 +115,48 @@ def verify(content: bytes, signature: bytes, key: Path) -> None:
     Raises:
         ValueError: it is not that key's.
     """
-    public = load_ssh_public_key(key.read_bytes())
-    assert isinstance(public, ec.EllipticCurvePublicKey)
     try:
-        public.verify(signature, content, _ALGORITHM)
+        public_key(key).verify(signature, content, _ALGORITHM)
     except InvalidSignature:
         raise ValueError("its manifest is not signed by the key of the device that it names") from None
+
+
+def private_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """A device's own key, of an OpenSSH file.
+
+    Raises:
+        InputError: the file is not there, cannot be read, or is no such key.
+    """
+    content = read_file(path, "the device's private key")
+    try:
+        found = load_ssh_private_key(content, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: it is locked by a password
+        found = None
+    if not isinstance(found, ec.EllipticCurvePrivateKey):
+        raise InputError(
+            f"the device's private key {path} is not an elliptic-curve key of OpenSSH without a password: take the "
+            "node.key that `deepfusion federation init` made for this device, or name it by `key` in the device file"
+        )
+    return found
+
+
+def public_key(path: Path) -> ec.EllipticCurvePublicKey:
+    """A device's key as the server has it, of an OpenSSH file.
+
+    Raises:
+        InputError: the file is not there, cannot be read, or is no such key.
+    """
+    content = read_file(path, "the device's public key")
+    try:
+        found = load_ssh_public_key(content)
+    except (ValueError, UnsupportedAlgorithm):
+        found = None
+    if not isinstance(found, ec.EllipticCurvePublicKey):
+        raise InputError(
+            f"the device's public key {path} is not an elliptic-curve key of OpenSSH: take the one that "
+            "`deepfusion federation init` made beside the device's node.key"
+        )
+    return found
 
 
 def _first(error: ValidationError | TypeError) -> str:

@@ -18,10 +18,13 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from deepfusion.config import Recipe
+from deepfusion.elsewhere import refuse
 from deepfusion.errors import InputError
+from deepfusion.federation.manifest import public_key
 
 CONNECTION = "federation"  # the name of the server in Flower's config.toml
 HERE = ("127.0.0.1", "localhost")  # by which the server's own processes know it
+HOME = 'export FLWR_HOME="$PWD"'  # where Flower looks for config.toml, and unpacks apps; for each terminal anew
 VALID = datetime.timedelta(days=3650)
 
 
@@ -67,10 +70,10 @@ def init(root: Path, recipe: Recipe, tree: dict[str, object], hosts: Iterable[st
         port: of the server.
 
     Raises:
-        InputError: the folder is in use, or the recipe has no federation.
+        InputError: the folder is in use, or `flwr run` would refuse the recipe; nothing is made then.
     """
-    if recipe.federation is None:
-        raise InputError(f"recipe {recipe.name} has no `federation` section: name its devices there, or give --devices")
+    refuse(recipe)
+    assert recipe.federation is not None
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise InputError(f"{root} is there already: give another folder")
     project, names = Project(root), list(hosts)
@@ -108,17 +111,11 @@ def node_keys(keys: Path, devices: Iterable[str]) -> dict[bytes, str]:
     """Public key, as Flower's nodes have it → the device.
 
     Raises:
-        InputError: a device has no key.
+        InputError: a device has no key, or one that cannot be read.
     """
     found: dict[bytes, str] = {}
     for device in devices:
-        path = keys / f"{device}.pub"
-        if not path.is_file():
-            raise InputError(f"{path} does not exist: without the key of {device} nothing it sends could be checked")
-        public = serialization.load_ssh_public_key(path.read_bytes())
-        if not isinstance(public, ec.EllipticCurvePublicKey):
-            raise InputError(f"{path} is not an elliptic-curve key of OpenSSH")
-        found[public_key_to_bytes(public)] = device
+        found[public_key_to_bytes(public_key(keys / f"{device}.pub"))] = device
     return found
 
 

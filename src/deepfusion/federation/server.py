@@ -7,30 +7,35 @@ collected is in `inbox/` there; killed and run again, it goes on with that.
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.exit import add_exit_handler
 
 from deepfusion import pipeline
 from deepfusion.artifacts import Upload
 from deepfusion.config import Federation, Recipe, Runtime
+from deepfusion.display import duration
 from deepfusion.engine import Watcher
 from deepfusion.errors import InputError
 from deepfusion.federation import messages
 from deepfusion.federation.inbox import Inbox, started
 from deepfusion.federation.messages import ORDER, PIECE, VERDICT, Order, Reply
 from deepfusion.federation.project import Project, node_keys
+from deepfusion.labels import METRICS, counted
 from deepfusion.phases import upload as door
 from deepfusion.pipeline import Fleet, Received
 from deepfusion.steps import sent_by
 
 BESIDE_WEIGHTS = 2**26  # bytes of an upload beside its weights: config, tokenizer, headers
 POLL_S = 1.0
+SILENCE_S, MOST_SILENCE_S = 60.0, 3600.0  # between two lines that say the same, at least and at most
 app = ServerApp()
 
 
@@ -69,7 +74,57 @@ class Talk:
     told: bool = False
     troubles: list[str] = field(default_factory=list[str])
     not_before: float = 0.0
+    here: bool = False
+    seen: bool = False  # since this server began to collect
     given_up: bool = False  # for this time: whoever mends the device and collects again is to find the door open
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a device is, and of its bytes, if some have come, the share that is here."""
+
+    state: Literal["never connected", "gone", "training", "sending", "given up", "accepted", "rejected"]
+    share: str = ""
+
+
+WAITED_FOR = ("sending", "training", "gone", "never connected")
+
+
+def waited_for(standing: Mapping[str, Standing], left: float, *, quorum: bool) -> str:
+    """One line on the devices that a server waits for, the time that it still does, and why no longer.
+
+    Args:
+        standing: device → how far it is.
+        left: seconds until it goes on without those that have not sent.
+        quorum: there are enough uploads, and the seconds are those that others are still given.
+    """
+    named: list[str] = []
+    for state in WAITED_FOR:
+        those = [f"{d} {one.share}".strip() for d, one in standing.items() if one.state == state]
+        named += [f"{state}: {', '.join(those)}"] if those else []
+    waited = sum(one.state in WAITED_FOR for one in standing.values())
+    time_left = duration(max(0.0, left))
+    until = f"{time_left} more at most, for there is a quorum" if quorum else f"{time_left} until the deadline"
+    return f"waiting for {waited} of {counted(len(standing), 'device')}, {until}; {'; '.join(named)}"
+
+
+class News:
+    """Says whom a server waits for: at the beginning, when it changes, and now and then while nothing does."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.states: tuple[str, ...] = ()
+        self.at, self.silence = 0.0, SILENCE_S
+
+    def tell(self, standing: Mapping[str, Standing], now: float, end: float, *, quorum: bool) -> None:
+        """Say it, if it is time to."""
+        states = (str(quorum), *(one.state for one in standing.values()))
+        if states == self.states and now - self.at < self.silence:
+            return
+        # A deadline may be days away: what is said again is said ever less often.
+        self.silence = min(2 * self.silence, MOST_SILENCE_S) if states == self.states else SILENCE_S
+        self.states, self.at = states, now
+        self.say(waited_for(standing, end - now, quorum=quorum))
 
 
 class Collector:
@@ -102,6 +157,7 @@ class Collector:
     def collect(self, deadline: float, now: Callable[[], float] = time.time, rest: float = POLL_S) -> None:
         """Until every device is decided about, or there is a quorum and the others had their time, or the deadline."""
         enough_since: float | None = None
+        news = News(self.say)
         while True:
             self.step(now())
             verdicts = {device: self.inbox.verdict(device) for device in self.orders}
@@ -112,6 +168,8 @@ class Collector:
                 enough_since = now() if enough_since is None else enough_since
                 if now() - enough_since >= self.config.grace_s:
                     break
+            end = deadline if enough_since is None else min(deadline, enough_since + self.config.grace_s)
+            news.tell(self.standing(), now(), end, quorum=enough_since is not None)
             time.sleep(rest)
 
     def tell(self, seconds: float, now: Callable[[], float] = time.time, rest: float = POLL_S) -> None:
@@ -130,6 +188,8 @@ class Collector:
                 nodes[device] = node
         busy = False
         for device, talk in self.talks.items():
+            talk.here = device in nodes
+            talk.seen = talk.seen or talk.here
             self._hear(talk, nodes.get(device), now)
             if device in nodes and talk.sent is None and now >= talk.not_before and not talk.given_up:
                 if only_verdicts and not self._decided(talk):
@@ -137,6 +197,21 @@ class Collector:
                 self._say_next(talk, nodes[device], now)
             busy = busy or (talk.sent is not None and (not only_verdicts or self._decided(talk)))
         return busy
+
+    def standing(self) -> dict[str, Standing]:
+        """How far each device is."""
+        return {device: self._stands(talk) for device, talk in self.talks.items()}
+
+    def _stands(self, talk: Talk) -> Standing:
+        if verdict := self.inbox.verdict(talk.device):
+            return Standing(verdict.state)
+        if talk.given_up:
+            return Standing("given up")
+        wanted = self.inbox.wanted(talk.device)
+        share = f"{wanted.offset / wanted.size:.0%}" if wanted and wanted.size else ""
+        if not talk.here:
+            return Standing("gone" if talk.seen else "never connected", share)
+        return Standing("sending", share) if wanted else Standing("training")
 
     def received(self) -> Received:
         """What there is for the method, and why the others are left out."""
@@ -232,10 +307,6 @@ def collector(net: Net, project: Project, recipe: Recipe, fleet: Fleet, say: Cal
     config = recipe.federation
     if config is None:
         raise InputError(f"{project.recipe} has no `federation` section")
-    if recipe.device.encoder != "hashing":
-        raise InputError(
-            f"{project.recipe}: device.encoder: devices elsewhere have no {recipe.device.encoder}: hashing"
-        )
     texts = {path.name: path.read_bytes() for path in (fleet.corpus.public, fleet.corpus.questions)}
     named = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
     orders = {
@@ -271,7 +342,29 @@ def collector(net: Net, project: Project, recipe: Recipe, fleet: Fleet, say: Cal
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Collect, and run the method on what was accepted."""
+    """Collect, and run the method on what was accepted; what is the user's to mend is told in one line, the last."""
+    try:
+        fuse(grid, context)
+    except ValueError as error:
+        line = f"error: {' '.join(str(error).split())}"
+        logging.getLogger("flwr").addFilter(without_traceback)
+        add_exit_handler(lambda: print_line(line))  # called first of all, before Flower's own sends the log away
+        raise
+
+
+def without_traceback(record: logging.LogRecord) -> bool:
+    """Flower logs whatever an app raises with its traceback, which is of no use to whoever has to mend a recipe."""
+    if record.exc_info and isinstance(record.exc_info[1], ValueError):
+        record.exc_info = None
+    return True
+
+
+def fuse(grid: Grid, context: Context) -> None:
+    """Collect uploads for the folder in which this is run, and make an MoE of them.
+
+    Raises:
+        ValueError: one line about what the user can mend.
+    """
     project = Project(Path.cwd())
     recipe = Recipe.load(project.recipe)
     runtime = Runtime(workers=int(context.run_config.get("workers", 1)))
@@ -292,7 +385,16 @@ def main(grid: Grid, context: Context) -> None:
             "it again with --run-config deadline-s=3600 to wait for more, or lower the quorum"
         )
     report = pipeline.run(recipe, project.run, runtime, watch, received=received)
-    print_line(f"model {project.run / 'moe'}, report {project.run / 'report.html'}, {report.headline}")
+    print_line(f"done: {in_words(report.headline)}")
+    print_line(f"model {project.run / 'moe'}, report {project.run / 'report.html'}; deepfusion show {project.run}")
+
+
+def in_words(headline: Mapping[str, float]) -> str:
+    """The few numbers of a run as people read them."""
+    found = [f"{called} {headline[name]:.3f}" for name, called in METRICS.items() if name in headline]
+    if (base := headline.get("base_token_accuracy")) is not None:
+        found.append(f"the base's token accuracy {base:.3f}")
+    return ", ".join(found) or "the test asks nothing that could be measured"
 
 
 def print_line(line: str) -> None:
