@@ -100,6 +100,7 @@ def test_the_doctor_says_that_a_recipe_with_private_text_is_run_here(given: Give
     [
         ({"evaluate": {"references": ["btx"]}}, "evaluate.references names btx, which trains on devices' private text"),
         ({"device": {"encoder": "."}}, "a model that devices elsewhere do not have: set it to hashing"),
+        ({"device": {"own": {"tablet": {}}}}, "device.own names tablet, and the devices are north, south, west"),
     ],
 )
 def test_what_a_federation_refuses(given: Given, changed: dict[str, Any], words: str, tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ def refuse_what_needs_text(recipe: Recipe) -> None:
     """Refuse what a federation cannot have, whatever its files say.
 
     Raises:
-        InputError: names the key: there is no federation, a reference trains on private text, or the encoder is a
-            model that devices do not have.
+        InputError: names the key: there is no federation, a reference trains on private text, the encoder is a model
+            that devices do not have, or one that is no device has a way of its own.
     """
     if recipe.federation is None:
         raise InputError(f"recipe {recipe.name} has no `federation` section: say in it which devices may send")
@@ -52,6 +52,7 @@ def refuse_what_needs_text(recipe: Recipe) -> None:
         raise InputError(
             f"device.encoder is {recipe.device.encoder}, a model that devices elsewhere do not have: set it to hashing"
         )
+    recipe.device.only_of(recipe.federation.devices)
 
 
 def refuse(recipe: Recipe) -> None:

@@ -39,7 +39,7 @@ from deepfusion.engine import Engine, StepError, Watcher, futures, resolved
 from deepfusion.errors import InputError, concerns_all
 from deepfusion.inputs import by_content
 from deepfusion.judging import check
-from deepfusion.labels import joined, left_out
+from deepfusion.labels import left_out
 from deepfusion.learning import Given, choose, students
 from deepfusion.outlook import waiting
 from deepfusion.planner import NotYetRunError, PlannedStep, Planner
@@ -403,8 +403,7 @@ class _Method:
             for name, source in recipe.models.ancestors.items()
         }
         names = [device.id for device in corpus.result().devices]
-        if strange := sorted(set(recipe.device.own) - set(names)):
-            raise InputError(f"device.own names {joined(strange)}, and the devices are {joined(names)}")
+        recipe.device.only_of(names)
         for model in self.given(base, ancestors):
             model.result()
         if recipe.models.base.path is not None:

@@ -224,6 +224,12 @@ def test_adapters_are_told_by_their_size(method: str, given: Callable[..., Recip
     assert costs["materialise"].steps == 2
 
 
+def test_a_device_that_is_none_of_the_fleets_is_told() -> None:
+    problems = told(examine(recipe("device.own={tablet: {method: lora}}")), "problem")
+    assert set(problems) == {"device.own"}
+    assert problems["device.own"].fact.startswith("device.own names tablet, and the devices are device-00, ")
+
+
 def test_four_bits_need_their_package(given: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "is_bitsandbytes_available", lambda: False)
     problem = told(examine(given(None, "device.method=qlora")), "problem")["models.ancestors.own"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
@@ -9,6 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from deepfusion.config.faults import explain
 from deepfusion.config.models import Training
 from deepfusion.config.section import Section
+from deepfusion.errors import InputError
 
 RUN = 64  # numbers of a row that share a scale, where they are sent as integers
 
@@ -129,6 +131,15 @@ class DevicePhase(Section):
             fields["codec"] = None
         held = {name: getattr(self, name) for name in type(self).model_fields if name != "own"}
         return DevicePhase.model_validate(held | fields)
+
+    def only_of(self, devices: Sequence[str]) -> None:
+        """See that all who have a way of their own are devices of this fleet.
+
+        Raises:
+            InputError: one is not.
+        """
+        if strange := sorted(set(self.own) - set(devices)):
+            raise InputError(f"device.own names {strange[0]}, and the devices are {', '.join(devices)}")
 
     @property
     def ways(self) -> list[DevicePhase]:

@@ -120,12 +120,16 @@ def _inputs(recipe: Recipe, scratch: Path) -> tuple[list[Check], list[Task]]:
 
 
 def _refused(reading: Reading | None, recipe: Recipe) -> Iterator[Check]:
-    """What the recipe asks for and its federation's server would refuse."""
-    if reading is not None and reading.elsewhere:
-        try:
+    """What the recipe asks for and devices, or a federation's server, would refuse."""
+    if reading is None:
+        return
+    try:
+        if reading.elsewhere:
             refuse_what_needs_text(recipe)
-        except ValueError as error:
-            yield Check("text", "federation", "problem", str(error))
+        else:
+            recipe.device.only_of([device.id for device in reading.corpus.devices])
+    except ValueError as error:
+        yield Check("text", "federation" if reading.elsewhere else "device.own", "problem", str(error))
 
 
 def _encoder(recipe: Recipe) -> Iterator[Check]:
