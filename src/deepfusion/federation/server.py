@@ -97,6 +97,7 @@ class Collector:
     ) -> None:
         self.net, self.config, self.orders, self.texts = net, config, orders, texts
         self.inbox, self.devices_of, self.say = inbox, devices_of, say
+        self.packed = messages.pack(texts)
         self.talks = {device: Talk(device) for device in orders}
 
     def collect(self, deadline: float, now: Callable[[], float] = time.time, rest: float = POLL_S) -> None:
@@ -220,7 +221,7 @@ class Collector:
         elif wanted := self.inbox.wanted(device):
             kind, content = PIECE, messages.ask(wanted.digest, wanted.offset, self.config.piece_bytes)
         else:
-            kind, content = ORDER, messages.order(self.orders[device], dict(self.texts))
+            kind, content = ORDER, messages.order(self.orders[device], self.packed)
         message = Message(content, dst_node_id=node.node_id, message_type=kind)
         for sent in self.net.push_messages([message]):
             if sent is not None:
@@ -272,7 +273,7 @@ def collector(net: Net, project: Project, recipe: Recipe, fleet: Fleet, say: Cal
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Collect, and run the method on what was accepted."""
-    project = Project(Path.cwd())
+    project = Project(Path(str(context.run_config.get("folder", "."))))
     recipe = Recipe.load(project.recipe)
     runtime = Runtime(workers=int(context.run_config.get("workers", 1)))
     watch = Lines()
