@@ -3,9 +3,8 @@
     python benchmarks/simulation.py --devices 16 128 1024 --out runs/simulation --report benchmarks/simulation.md
 
 Each device holds about one private fact, so that facts have more holders the more devices there are, and all else
-stays as it is. Collecting is measured by the clock, from the first order to the last verdict, and so is the devices'
-training in it, over the processes in which they take turns. The rest is in CPU seconds, which other programs on the
-machine change little.
+stays as it is. Collecting is measured by the clock, and so is the devices' training in it, over the processes in which
+they take turns. The rest is in CPU seconds, which other programs on the machine change little.
 """
 
 from __future__ import annotations
@@ -33,7 +32,8 @@ RECIPE = Path(__file__).with_suffix(".yaml")
 TRAINED = ("write", "joint", "branch", "tune")  # what the method's compute on the server is made of
 COLUMNS = {
     "devices": "N",
-    "collect": "collecting",
+    "start": "to the first verdict",
+    "collect": "from there to the last",
     "train": "of it devices' training",
     "train_cpu": "that in CPU",
     "door": "door, CPU",
@@ -102,6 +102,7 @@ def measured(devices: int, root: Path, workers: int) -> dict[str, Any]:
     project = Project(out)
     holders = max(1, devices // facts())
     peak, whole = simulated(devices, holders, out, workers)
+    first, last = collecting(project)
     results = json.loads((project.run / "results.json").read_text())
     cpu, flops = defaultdict[str, float](float), 0.0
     for phase in results["phases"]:
@@ -114,7 +115,8 @@ def measured(devices: int, root: Path, workers: int) -> dict[str, Any]:
     texts = {name: (corpus / name).read_bytes() for name in ("public.jsonl", "questions.jsonl")}
     return {
         "devices": devices,
-        "collect": collecting(project),
+        "start": first,
+        "collect": last - first,
         "train": sum(one["seconds"] for one in trained) / workers,
         "train_cpu": sum(one["cpu_seconds"] for one in trained),
         "door": cpu["upload"],
@@ -140,10 +142,11 @@ def facts() -> int:
     return source.domains * source.private_facts
 
 
-def collecting(project: Project) -> float:
-    """Seconds from the start of collecting to the last verdict."""
+def collecting(project: Project) -> tuple[float, float]:
+    """Seconds from the start of collecting to the first verdict, before which processes start, and to the last."""
     begun = float(json.loads((project.inbox / "started.json").read_text()))
-    return max(path.stat().st_mtime for path in (project.inbox / "verdicts").glob("*.json")) - begun
+    times = [path.stat().st_mtime - begun for path in (project.inbox / "verdicts").glob("*.json")]
+    return min(times), max(times)
 
 
 def report_cpu(project: Project) -> float:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import defaultdict
 from copy import deepcopy
 from pathlib import Path
@@ -28,6 +25,7 @@ from deepfusion.federation import simulation
 from deepfusion.federation.device import DeviceFile
 from deepfusion.federation.inbox import Verdict
 from deepfusion.federation.project import Project, node_keys
+from federation.fleet import Fleet, until
 
 HERE = Runtime(workers=0)
 BUDGETED = ("write", "joint", "branch", "tune")  # the phases that take the server's budget
@@ -43,15 +41,14 @@ def tree(devices: int, holders: int = 1) -> dict[str, Any]:
 
 
 def simulated(root: Path, fields: dict[str, Any]) -> Project:
-    """A simulation by its command, in a process of its own: whatever it starts ends with it."""
+    """A simulation by its command."""
     recipe = root.with_suffix(".yaml")
     recipe.write_text(yaml.safe_dump(fields))
     command = ["federation", "simulate", str(recipe), "--out", str(root), "--workers", "2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "deepfusion.cli", *command], env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False,
-        capture_output=True, text=True, timeout=PATIENCE,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    with Fleet(root.with_suffix(".fleet")) as fleet:
+        fleet.start("simulation", ["python", "-m", "deepfusion.cli", *command], root.parent)
+        until(lambda: fleet.ended("simulation"), "the simulation ends", PATIENCE)
+        assert fleet.running["simulation"].returncode == 0, fleet.log("simulation")
     return Project(root)
 
 
@@ -78,7 +75,8 @@ def test_every_device_has_its_text_its_key_and_its_ancestor(tmp_path: Path) -> N
     assert chosen.federation is not None
     names = chosen.federation.devices
     assert names == ("device-00", "device-01", "device-02", "device-03")
-    assert chosen.federation.quorum == 4  # a simulation waits for everyone
+    assert chosen.federation.grace_s == chosen.federation.deadline_s  # everyone is waited for
+    assert chosen.federation.quorum == chosen.cluster.k  # but not all need to come through
     assert len(node_keys(project.keys, names)) == 4
     read = [DeviceFile.load(project.device(name) / "device.yaml") for name in names]
     texts = [{document.id for document in one.private()} for one in read]

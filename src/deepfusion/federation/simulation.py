@@ -55,6 +55,7 @@ from deepfusion.phases.data import build_corpus
 from deepfusion.store import link
 from deepfusion.worker import preload
 
+WEEK = 7 * 24 * 3600.0
 WAITING = 8  # messages to devices, for each process of them, that are on their way at a time
 RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",  # it would report to its makers
@@ -71,8 +72,9 @@ def simulate(root: Path, recipe: Recipe, fields: dict[str, Any], runtime: Runtim
 
     Args:
         root: the federation's folder: new, empty, or of a simulation of the same recipe.
-        recipe: what to run. A `federation` section may say how uploads are collected; its devices and its quorum are
-            those of the partition, all of them.
+        recipe: what to run. A `federation` section may say how uploads are collected; its devices are those of the
+            partition, and they are waited for until the last is decided about. Its quorum, or else as many as there
+            are clusters, must be accepted.
         fields: the recipe as it is written down.
         runtime: as many devices at a time as it has workers, but at least one; the server's steps are after them.
 
@@ -96,7 +98,7 @@ def enrol(root: Path, recipe: Recipe, fields: dict[str, Any], runtime: Runtime) 
     with tempfile.TemporaryDirectory(prefix="deepfusion-") as scratch:
         corpus = build_corpus(recipe.data, seed=recipe.seed, into=Path(scratch))
         names = [one.id for one in corpus.devices]
-        fields = fields | {"federation": _everybody(fields.get("federation") or {}, names)}
+        fields = fields | {"federation": _everybody(recipe, fields.get("federation") or {}, names)}
         chosen = Recipe.parse(fields, origin=recipe.name)
         if not project.recipe.is_file():
             init(root, chosen, fields, HERE, 8000)
@@ -113,9 +115,10 @@ def enrol(root: Path, recipe: Recipe, fields: dict[str, Any], runtime: Runtime) 
     return project
 
 
-def _everybody(federation: dict[str, Any], devices: Sequence[str]) -> dict[str, Any]:
-    """The section `federation` of a fleet that is waited for to the last device."""
-    return federation | {"devices": list(devices), "quorum": len(devices)}
+def _everybody(recipe: Recipe, said: dict[str, Any], devices: Sequence[str]) -> dict[str, Any]:
+    """The section `federation` of a fleet that is waited for to the last device, and of which some may fail."""
+    federation = {"quorum": recipe.cluster.k, "deadline_s": WEEK} | said | {"devices": list(devices)}
+    return federation | {"grace_s": federation["deadline_s"]}
 
 
 class _Client(ClientApp):
