@@ -42,7 +42,7 @@ class Net(Protocol):
         ...
 
     def push_messages(self, messages: Any) -> Any:
-        """Send."""
+        """Send; names of the messages, None for one that cannot be sent, and no names at all if no more is taken."""
         ...
 
     def pull_messages(self, message_ids: Any) -> Any:
@@ -129,13 +129,13 @@ class Collector:
         for node in self.net.get_nodes():
             if (device := self.devices_of.get(bytes(node.public_key))) in self.talks:
                 nodes[device] = node
-        busy = False
+        busy = full = False
         for device, talk in self.talks.items():
             self._hear(talk, nodes.get(device), now)
-            if device in nodes and talk.sent is None and now >= talk.not_before and not talk.given_up:
+            if device in nodes and talk.sent is None and now >= talk.not_before and not talk.given_up and not full:
                 if only_verdicts and not self._decided(talk):
                     continue
-                self._say_next(talk, nodes[device], now)
+                full = not self._say_next(talk, nodes[device], now)
             busy = busy or (talk.sent is not None and (not only_verdicts or self._decided(talk)))
         return busy
 
@@ -212,20 +212,23 @@ class Collector:
             self.say(f"{talk.device} is given up after {self.config.attempts} attempts: mend it, and collect again")
         talk.not_before = now + min(self.config.patience_s, 2.0 ** len(talk.troubles))
 
-    def _say_next(self, talk: Talk, node: Any, now: float) -> None:
+    def _say_next(self, talk: Talk, node: Any, now: float) -> bool:
+        """Say the next thing to a device; false: the net takes no more for now."""
         device = talk.device
         if verdict := self.inbox.verdict(device):
             if talk.told:
-                return
+                return True
             kind, content = VERDICT, messages.verdict(verdict.state, verdict.reason)
         elif wanted := self.inbox.wanted(device):
             kind, content = PIECE, messages.ask(wanted.digest, wanted.offset, self.config.piece_bytes)
         else:
             kind, content = ORDER, messages.order(self.orders[device], self.packed)
         message = Message(content, dst_node_id=node.node_id, message_type=kind)
-        for sent in self.net.push_messages([message]):
+        names = list(self.net.push_messages([message]))
+        for sent in names:
             if sent is not None:
                 talk.sent = Sent(sent, kind, now, node.last_activated_at)
+        return bool(names)
 
 
 def collector(net: Net, project: Project, recipe: Recipe, fleet: Fleet, say: Callable[[str], None]) -> Collector:
