@@ -137,6 +137,23 @@ def test_a_device_that_fails_again_and_again_is_left_out_with_its_reason(project
     assert net.kinds[before:] == [messages.ORDER]  # whoever has mended it finds the door open
 
 
+def test_a_full_net_is_left_alone_until_the_next_step(project: Project) -> None:
+    class Full(Net):
+        def get_nodes(self) -> list[Any]:
+            return [*super().get_nodes(), SimpleNamespace(node_id=8, public_key=b"south", last_activated_at="once")]
+
+        def push_messages(self, those: Iterable[Message]) -> list[str]:
+            super().push_messages(those)
+            return []
+
+    net = Full(lambda *_: None, {}, [])
+    collector = collecting(net, project)
+    collector.devices_of = {b"north": "north", b"south": "south"}
+    steps(collector, [0, 1])
+    assert net.kinds == [messages.ORDER, messages.ORDER]  # one each step, and not one for each device
+    assert [talk.sent for talk in collector.talks.values()] == [None, None]
+
+
 def test_collecting_ends_with_quorum_and_grace_or_the_deadline(project: Project, tmp_path: Path) -> None:
     net = Net(lambda *_: None, {}, [])
     collector = collecting(net, project)
