@@ -34,7 +34,7 @@ STEPS: dict[str, tuple[str, type[Artifact], int]] = {
     "upload": ("deepfusion.phases.upload:receive", Intake, 2),
     "materialise": ("deepfusion.phases.upload:materialise", Upload, 1),
     "cluster": ("deepfusion.phases.cluster:cluster", Clusters, 1),
-    "proxy": ("deepfusion.phases.proxy:average", Proxy, 1),
+    "proxy": ("deepfusion.phases.proxy:average", Proxy, 2),
     "write": ("deepfusion.phases.transfer:write_cluster", Writing, 5),
     "transfer": ("deepfusion.phases.transfer:gather", TransferSet, 3),
     "read": ("deepfusion.phases.consult:likelihoods", Likelihoods, 1),

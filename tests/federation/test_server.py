@@ -22,7 +22,7 @@ from deepfusion.federation.inbox import Inbox
 from deepfusion.federation.manifest import Manifest, digest, sign
 from deepfusion.federation.messages import Announcement, Order, Piece
 from deepfusion.federation.project import Project, init
-from deepfusion.federation.server import Collector, News, Standing, in_words, waited_for
+from deepfusion.federation.server import CHANGE_S, Collector, News, Standing, in_words, waited_for
 from federation.test_inbox import nothing_wrong, sent, stream
 from tiny import TREE
 
@@ -156,6 +156,12 @@ def test_a_line_names_all_that_are_waited_for_and_the_time_left() -> None:
     assert told == "waiting for 1 of 4 devices, 9 min 59 s more at most, for there is a quorum; training: d"
 
 
+def test_a_line_about_a_large_fleet_names_a_few_and_counts_the_others() -> None:
+    told = waited_for(stood(**{f"d{n}": "training" for n in range(1000)}), 60, quorum=False)
+    assert told.endswith("; training: d0, d1, d2, d3, d4, d5, d6, d7 and 992 others")
+    assert ": d0, d1 and 1 other" in waited_for(stood(d0="gone", d1="gone", d2="gone"), 60, quorum=False, most=2)
+
+
 def test_whom_a_server_waits_for_is_said_at_once_when_it_changes_and_ever_less_often_while_it_does_not() -> None:
     said: list[str] = []
     news = News(said.append)
@@ -166,6 +172,11 @@ def test_whom_a_server_waits_for_is_said_at_once_when_it_changes_and_ever_less_o
         news.tell(standing, now, 1000, quorum=False)
         at += [now] * (len(said) - before)
     assert at == [0, 10, 70, 190, 430]  # bytes alone are no news: they have lines of their own
+    restless: list[str] = []
+    news = News(restless.append)
+    for now in range(100):
+        news.tell(stood(north="gone" if now % 2 else "training"), now, 1000, quorum=False)
+    assert len(restless) == 100 / CHANGE_S
     assert said[2] == "waiting for 1 of 1 device, 15 min 30 s until the deadline; sending: north 7%"
 
 
@@ -242,6 +253,23 @@ def test_what_a_run_found_is_told_in_words() -> None:
     )
     assert told == "token accuracy 0.988, log-perplexity 0.100, the base's token accuracy 0.020"
     assert "nothing" in in_words({})
+
+
+def test_a_full_net_is_left_alone_until_the_next_step(project: Project) -> None:
+    class Full(Net):
+        def get_nodes(self) -> list[Any]:
+            return [*super().get_nodes(), SimpleNamespace(node_id=8, public_key=b"south", last_activated_at="once")]
+
+        def push_messages(self, those: Iterable[Message]) -> list[str]:
+            super().push_messages(those)
+            return []
+
+    net = Full(lambda *_: None, {}, [])
+    collector = collecting(net, project)
+    collector.devices_of = {b"north": "north", b"south": "south"}
+    steps(collector, [0, 1])
+    assert net.kinds == [messages.ORDER, messages.ORDER]  # one each step, and not one for each device
+    assert [talk.sent for talk in collector.talks.values()] == [None, None]
 
 
 def test_collecting_ends_with_quorum_and_grace_or_the_deadline(project: Project, tmp_path: Path) -> None:

@@ -227,6 +227,20 @@ def test_strangers_are_named(tmp_path: Path) -> None:
     assert "cluster 1: device-01 and device-03 have texts of cosine 0.00, below 0.8" in proxy.warnings[0]
 
 
+def test_of_many_strangers_a_few_are_named(tmp_path: Path) -> None:
+    [one, *_] = three(tmp_path)
+    embeddings = [NORTH, EAST, NORTH, EAST, bytes([80, 100]).hex()]  # the last is at .62 and .78 from the others
+    members = [one.model_copy(update={"device": f"d-{n}", "embedding": e}) for n, e in enumerate(embeddings)]
+    (tmp_path / "proxy").mkdir()
+    warnings = average(members, 1, ProxyPhase(), into=tmp_path / "proxy").warnings
+    assert [line.partition(" have")[0] for line in warnings[:3]] == [
+        "cluster 1: d-0 and d-1",
+        "cluster 1: d-0 and d-3",
+        "cluster 1: d-1 and d-2",
+    ]
+    assert warnings[3:] == ("cluster 1: so have 5 more of the 10 pairs of its llama devices",)
+
+
 def test_mixtures_are_refused_by_name(tmp_path: Path) -> None:
     one = upload(tmp_path / "one", "device-01", model_type="gpt2")
     other = one.model_copy(update={"device": "device-04"})

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from deepfusion.cli import options
 from deepfusion.cli.app import STDOUT, app, emit, guarded
-from deepfusion.cli.options import AsJson, Overrides
+from deepfusion.cli.options import Accelerator, AsJson, Out, Overrides, RecipeName, Threads, Workers
 from deepfusion.config import Recipe, tree
 
 federation = typer.Typer(
@@ -43,13 +45,7 @@ def init(
         from deepfusion.federation import project
     except ModuleNotFoundError as error:
         raise ValueError(f"a federation needs {error.name}: pip install 'deepfusion-moe[federation]'") from None
-    file, at = tree.locate(recipe)
-    fields = tree.read(file)
-    tree.resolve_paths(fields, at)
-    for setting in overrides or ():
-        tree.override(fields, setting)
-    tree.resolve_paths(fields, Path())
-    chosen = Recipe.parse(fields, origin=recipe)
+    chosen, fields = _read(recipe, overrides or ())
     names = hosts or ["127.0.0.1", "localhost"]
     made = project.init(folder, chosen, fields, names, port)
     server, device = shlex.join(project.superlink(port)), shlex.join(project.supernode(names[0], port))
@@ -75,3 +71,41 @@ def init(
         f"  {device}",
     ]
     STDOUT.print("\n".join(lines), markup=False, soft_wrap=True)
+
+
+@federation.command()
+@guarded
+def simulate(
+    recipe: RecipeName,
+    devices: Annotated[int | None, typer.Option("--devices", min=1, help="In place of data.partition.devices.")] = None,
+    overrides: Overrides = None,
+    folder: Out = None,
+    workers: Workers = None,
+    threads: Threads = 1,
+) -> None:
+    """Run a recipe as a federation of all its devices on this machine, under Flower's simulation engine (Ray).
+
+    Each device gets a folder with its part of the recipe's own text, and a key. Needs Flower and Ray:
+    `pip install 'deepfusion-moe[simulation]'`.
+
+    Example: `deepfusion federation simulate federation --devices 16 --out runs/sixteen`
+    """
+    try:
+        from deepfusion.federation import simulation
+    except ModuleNotFoundError as error:
+        raise ValueError(f"a simulation needs {error.name}: pip install 'deepfusion-moe[simulation]'") from None
+    number = [] if devices is None else [f"data.partition.devices={devices}"]
+    chosen, fields = _read(recipe, [*(overrides or ()), *number])
+    runtime = options.runtime(workers, threads, Accelerator.cpu)
+    simulation.simulate(folder or Path("runs") / chosen.name, chosen, fields, runtime)
+
+
+def _read(recipe: str, overrides: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:
+    """A recipe, and how it is written down."""
+    file, at = tree.locate(recipe)
+    fields = tree.read(file)
+    tree.resolve_paths(fields, at)
+    for setting in overrides:
+        tree.override(fields, setting)
+    tree.resolve_paths(fields, Path())
+    return Recipe.parse(fields, origin=recipe), fields

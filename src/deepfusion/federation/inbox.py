@@ -54,6 +54,7 @@ class Inbox:
 
     def __init__(self, root: Path, keys: Path, check: Callable[[Upload], None], most_bytes: Mapping[str, int]) -> None:
         self.root, self.keys, self.check, self.most_bytes = root, keys, check, most_bytes
+        self._decided: dict[str, Verdict] = {}  # whoever collects asks for all of them again and again
 
     def announce(self, device: str, order: str, content: bytes, signature: bytes) -> None:
         """A device says what it is about to send; the same again, and anything once it is accepted, changes nothing.
@@ -148,13 +149,16 @@ class Inbox:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(verdict.model_dump_json(indent=1), encoding="utf-8")
         temporary.replace(path)
+        self._decided[verdict.device] = verdict
         return verdict
 
     def verdict(self, device: str) -> Verdict | None:
-        """What was decided about a device, if anything."""
+        """What was decided about a device, if anything; nothing decides anew."""
+        if device in self._decided:
+            return self._decided[device]
         path = self.root / "verdicts" / f"{device}.json"
         if path.is_file():
-            return Verdict.model_validate_json(path.read_bytes())
+            return self._decided.setdefault(device, Verdict.model_validate_json(path.read_bytes()))
         if (folder := self._accepted(device)).is_dir():  # killed between the renaming and the verdict
             known = digest((folder / _MANIFEST).read_bytes())
             return self.decide(Verdict(device=device, state="accepted", digest=known))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -61,9 +62,13 @@ class Piece:
     content: bytes
 
 
-def order(given: Order, texts: dict[str, bytes]) -> RecordDict:
-    """An order, and the public text that it is about."""
-    packed = {name: zstandard.compress(text) for name, text in texts.items()}
+def pack(texts: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The public text as it travels: once for all orders, in which a fleet's server then holds it once."""
+    return {name: zstandard.compress(text) for name, text in texts.items()}
+
+
+def order(given: Order, packed: dict[str, bytes]) -> RecordDict:
+    """An order, and the public text that it is about, as `pack` gives it."""
     record = ConfigRecord({"order": given.model_dump_json()})
     return RecordDict({"order": record, "texts": _arrays(packed)})
 

@@ -36,6 +36,8 @@ from deepfusion.steps import sent_by
 BESIDE_WEIGHTS = 2**26  # bytes of an upload beside its weights: config, tokenizer, headers
 POLL_S = 1.0
 SILENCE_S, MOST_SILENCE_S = 60.0, 3600.0  # between two lines that say the same, at least and at most
+CHANGE_S = 5.0  # between two lines that do not: of a thousand devices one has always just come or gone
+NAMED = 8  # devices, of those that a line has the same to say of
 app = ServerApp()
 
 
@@ -47,7 +49,7 @@ class Net(Protocol):
         ...
 
     def push_messages(self, messages: Any) -> Any:
-        """Send."""
+        """Send; names of the messages, None for one that cannot be sent, and no names at all if no more is taken."""
         ...
 
     def pull_messages(self, message_ids: Any) -> Any:
@@ -90,18 +92,20 @@ class Standing:
 WAITED_FOR = ("sending", "training", "gone", "never connected")
 
 
-def waited_for(standing: Mapping[str, Standing], left: float, *, quorum: bool) -> str:
+def waited_for(standing: Mapping[str, Standing], left: float, *, quorum: bool, most: int = NAMED) -> str:
     """One line on the devices that a server waits for, the time that it still does, and why no longer.
 
     Args:
         standing: device → how far it is.
         left: seconds until it goes on without those that have not sent.
         quorum: there are enough uploads, and the seconds are those that others are still given.
+        most: devices of one state that are named; the others are counted.
     """
     named: list[str] = []
     for state in WAITED_FOR:
         those = [f"{d} {one.share}".strip() for d, one in standing.items() if one.state == state]
-        named += [f"{state}: {', '.join(those)}"] if those else []
+        others = f" and {counted(len(those) - most, 'other')}" * (len(those) > most)
+        named += [f"{state}: {', '.join(those[:most])}{others}"] if those else []
     waited = sum(one.state in WAITED_FOR for one in standing.values())
     time_left = duration(max(0.0, left))
     until = f"{time_left} more at most, for there is a quorum" if quorum else f"{time_left} until the deadline"
@@ -119,7 +123,7 @@ class News:
     def tell(self, standing: Mapping[str, Standing], now: float, end: float, *, quorum: bool) -> None:
         """Say it, if it is time to."""
         states = (str(quorum), *(one.state for one in standing.values()))
-        if states == self.states and now - self.at < self.silence:
+        if self.states and now - self.at < (self.silence if states == self.states else CHANGE_S):
             return
         # A deadline may be days away: what is said again is said ever less often.
         self.silence = min(2 * self.silence, MOST_SILENCE_S) if states == self.states else SILENCE_S
@@ -152,6 +156,7 @@ class Collector:
     ) -> None:
         self.net, self.config, self.orders, self.texts = net, config, orders, texts
         self.inbox, self.devices_of, self.say = inbox, devices_of, say
+        self.packed = messages.pack(texts)
         self.talks = {device: Talk(device) for device in orders}
 
     def collect(self, deadline: float, now: Callable[[], float] = time.time, rest: float = POLL_S) -> None:
@@ -186,15 +191,15 @@ class Collector:
         for node in self.net.get_nodes():
             if (device := self.devices_of.get(bytes(node.public_key))) in self.talks:
                 nodes[device] = node
-        busy = False
+        busy = full = False
         for device, talk in self.talks.items():
             talk.here = device in nodes
             talk.seen = talk.seen or talk.here
             self._hear(talk, nodes.get(device), now)
-            if device in nodes and talk.sent is None and now >= talk.not_before and not talk.given_up:
+            if device in nodes and talk.sent is None and now >= talk.not_before and not talk.given_up and not full:
                 if only_verdicts and not self._decided(talk):
                     continue
-                self._say_next(talk, nodes[device], now)
+                full = not self._say_next(talk, nodes[device], now)
             busy = busy or (talk.sent is not None and (not only_verdicts or self._decided(talk)))
         return busy
 
@@ -286,20 +291,23 @@ class Collector:
             self.say(f"{talk.device} is given up after {self.config.attempts} attempts: mend it, and collect again")
         talk.not_before = now + min(self.config.patience_s, 2.0 ** len(talk.troubles))
 
-    def _say_next(self, talk: Talk, node: Any, now: float) -> None:
+    def _say_next(self, talk: Talk, node: Any, now: float) -> bool:
+        """Say the next thing to a device; false: the net takes no more for now."""
         device = talk.device
         if verdict := self.inbox.verdict(device):
             if talk.told:
-                return
+                return True
             kind, content = VERDICT, messages.verdict(verdict.state, verdict.reason)
         elif wanted := self.inbox.wanted(device):
             kind, content = PIECE, messages.ask(wanted.digest, wanted.offset, self.config.piece_bytes)
         else:
-            kind, content = ORDER, messages.order(self.orders[device], dict(self.texts))
+            kind, content = ORDER, messages.order(self.orders[device], self.packed)
         message = Message(content, dst_node_id=node.node_id, message_type=kind)
-        for sent in self.net.push_messages([message]):
+        names = list(self.net.push_messages([message]))
+        for sent in names:
             if sent is not None:
                 talk.sent = Sent(sent, kind, now, node.last_activated_at)
+        return bool(names)
 
 
 def collector(net: Net, project: Project, recipe: Recipe, fleet: Fleet, say: Callable[[str], None]) -> Collector:
@@ -365,7 +373,7 @@ def fuse(grid: Grid, context: Context) -> None:
     Raises:
         ValueError: one line about what the user can mend.
     """
-    project = Project(Path.cwd())
+    project = Project(Path(str(context.run_config.get("folder", "."))))
     recipe = Recipe.load(project.recipe)
     runtime = Runtime(workers=int(context.run_config.get("workers", 1)))
     watch = Lines()

@@ -21,6 +21,7 @@ from deepfusion.roles import by_lineage
 from deepfusion.store import link_tree
 from deepfusion.weights import Part, Stored, blocks, stored, write
 
+MOST_NAMED = 3  # pairs of strangers in one proxy
 Combine = Callable[[str, Sequence[Stored], Sequence[float]], Iterator[Tensor]]
 """A tensor's name, the tensor in every checkpoint, and their weights → what becomes of them, block by block."""
 
@@ -234,13 +235,21 @@ def _refuse_mixed(uploads: Sequence[Upload], cluster: int) -> None:
         )
 
 
-def _strangers(uploads: Sequence[Upload], cluster: int, below: float) -> Iterator[str]:
-    """A warning for every two members whose texts differ too much: averaging strangers destroys what they know."""
+def _strangers(uploads: Sequence[Upload], cluster: int, below: float) -> list[str]:
+    """Warnings about members whose texts differ too much: averaging strangers destroys what they know.
+
+    Of many pairs, the strangest are named, and the others counted: there are as many as members squared.
+    """
     vectors = [decode(upload.embedding) for upload in uploads]
-    for (one, e_one), (other, e_other) in itertools.combinations(zip(uploads, vectors, strict=True), 2):
-        similarity = cosine(e_one, e_other)
-        if similarity < below:
-            yield (
-                f"cluster {cluster}: {one.device} and {other.device} have texts of cosine {similarity:.2f}, "
-                f"below {below:g}: averaging their weights may destroy what each knows"
-            )
+    pairs = itertools.combinations(zip(uploads, vectors, strict=True), 2)
+    alike = [(cosine(e_one, e_other), one.device, other.device) for (one, e_one), (other, e_other) in pairs]
+    strange = sorted(pair for pair in alike if pair[0] < below)
+    warnings = [
+        f"cluster {cluster}: {one} and {other} have texts of cosine {similarity:.2f}, below {below:g}: averaging their "
+        "weights may destroy what each knows"
+        for similarity, one, other in strange[:MOST_NAMED]
+    ]
+    if more := len(strange) - len(warnings):
+        kind = uploads[0].model_type
+        warnings.append(f"cluster {cluster}: so have {more} more of the {len(alike)} pairs of its {kind} devices")
+    return warnings
