@@ -1,5 +1,7 @@
 import asyncio
+import gc
 import os
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,6 +151,29 @@ def test_who_is_slow_or_gone_keeps_nobody_waiting() -> None:
     queued(app, *gone, *slow, quick)
     assert order == ["first", "slow", "slow", "slow"]
     assert [caller.sent for caller in gone] == [[], [], []]
+
+
+def test_nothing_of_an_object_is_left_in_memory() -> None:
+    class Cycle:
+        """What frees itself only when Python looks for it."""
+
+        def __init__(self) -> None:
+            self.own = self
+
+    left: list[weakref.ref[Cycle]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert not [one for one in left if one()]
+        left.append(weakref.ref(Cycle()))
+
+    gc.disable()
+    try:
+        for _ in range(2):
+            queued(app, Caller(b"a"))
+    finally:
+        gc.enable()
+    assert len(left) == 2
+    assert not [one for one in left if one()]
 
 
 def test_what_is_larger_than_any_object_is_refused_before_flower_has_it() -> None:

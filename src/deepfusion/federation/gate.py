@@ -13,6 +13,7 @@ other from sending, and a hundred take no more memory than one.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
 from ipaddress import IPv6Address, ip_address
@@ -81,6 +82,7 @@ class Queue:
 
             async with self.turns:
                 await self.app(scope, _replay(asked, receive), keep)
+                gc.collect()  # what Flower made of the object refers to itself, and would lie there for dozens more
             for message in start:
                 await send(message)
             answer.seek(0)
@@ -147,6 +149,7 @@ def main() -> None:
 
     def gated(*args: Any, **kwargs: Any) -> Any:
         app = make(*args, **kwargs)
+        gc.freeze()  # so that collecting after each object looks at little else
         app.add_middleware(Queue)
         app.add_middleware(Gate)  # the last one added is the first one met
         return app
