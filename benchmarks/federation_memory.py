@@ -135,10 +135,14 @@ def measured(root: Path, number: int, size: int, codec: dict[str, Any], piece_by
     make_ancestor(root / "ancestor", max(1, round(size / LAYER_BYTES)))
     tree = recipe(names, root, codec, piece_bytes)
     port = free_port()
+    project = projects.init(root / "there", Recipe.parse(tree), tree, ["127.0.0.1"], port)
+    return collected(root, project, port, prepared(project, Recipe.parse(tree), names, root / "ancestor"))
+
+
+def collected(root: Path, project: projects.Project, port: int, uploads: dict[str, Upload]) -> Found:
+    """Let a federation collect what its devices have."""
+    names, home = list(uploads), {"FLWR_HOME": str(project.root)}
     with Counted(port) as line:
-        project = projects.init(root / "there", Recipe.parse(tree), tree, ["127.0.0.1"], port)
-        uploads = prepared(project, Recipe.parse(tree), names, root / "ancestor")
-        home = {"FLWR_HOME": str(project.root)}
         with Fleet(root / "fleet") as fleet:
             fleet.start(SERVER, projects.superlink(port), project.root, **home)
             until(lambda: "Uvicorn running" in fleet.log(SERVER), "the SuperLink listens")
@@ -154,14 +158,14 @@ def measured(root: Path, number: int, size: int, codec: dict[str, Any], piece_by
                     fleet.start(name, command, project.device(name))
                 until(lambda: any(project.inbox.glob("incoming/*")), "an upload begins")
                 begun = time.monotonic()
-                until(lambda: len(list(project.inbox.glob("verdicts/*.json"))) == number, "all have sent", 3600)
+                until(lambda: len(list(project.inbox.glob("verdicts/*.json"))) == len(names), "all have sent", 7200)
                 seconds = time.monotonic() - begun
                 peak, marks = watch.peak, dict(watch.marks)
         for name, upload in uploads.items():
             compare(project, name, upload)
         ledger = [json.loads(path.read_bytes()) for path in (project.inbox / "wire").iterdir()]
         return Found(
-            devices=number,
+            devices=len(names),
             upload=max(upload.bytes for upload in uploads.values()),
             uploads=sum(upload.bytes for upload in uploads.values()),
             seconds=seconds,
