@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import pytest
 from pydantic import BaseModel, ConfigDict
 
-from deepfusion.artifacts import Rejection
+from deepfusion.artifacts import Rejection, Wire
 from deepfusion.findings import Measured
 from deepfusion.labels import METRICS, SUBSETS, SYSTEMS
 from deepfusion.metrics import ResultRow
@@ -24,6 +24,7 @@ NAMED = {
     "versions": "<package>",
     "bytes.per_device": "<device>",
     "bytes.baselines": "<system>",
+    "bytes.wire.per_device": "<device>",
     "memory.device_peak_bytes": "<device>",
     "corpus.counts": "<what>",
     "transfer.counts": "<kind>",
@@ -47,9 +48,14 @@ class Rounds(Traffic):
     rounds: int
 
 
+class Messages(Traffic):
+    per_device: dict[str, Traffic]
+
+
 class Bytes(Traffic):
     per_device: dict[str, Traffic]
     baselines: dict[str, Rounds]
+    wire: Messages | None = None
 
 
 class Memory(Strict):
@@ -143,6 +149,7 @@ def test_they_follow_their_schema(tmp_path: Path) -> None:
     assert extra <= set(tree)
     assert results.bytes.up == sum(520_000 + 10_000 * (i % 3) for i in range(16))
     assert results.bytes.per_device["d00"] == Traffic(up=520_000, down=1000)
+    assert results.bytes.wire is None
     assert results.memory.server_peak_bytes == 700_000_000, "a reference is not the server's memory"
     assert [one.device for one in results.devices] == DEVICES
     assert results.devices[0].training_peak_bytes is None, "it was not measured"
@@ -152,6 +159,15 @@ def test_they_follow_their_schema(tmp_path: Path) -> None:
     assert {row.item for row in results.rows if row.system == "device"} == set(DEVICES[:5])
     assert tree["compute"][2]["critical_path"] == 3e10
     assert tree["compute"][1]["token_parameters"] == pytest.approx(9.6e11)
+
+
+def test_what_went_through_a_federations_messages(tmp_path: Path) -> None:
+    tree = written(tmp_path, wire={"d00": Wire(up=600_000, down=9000), "lost": Wire(down=4000)})
+    assert tree["bytes"]["wire"] == {
+        "up": 600_000, "down": 13_000,
+        "per_device": {"d00": {"up": 600_000, "down": 9000}, "lost": {"up": 0, "down": 4000}},
+    }  # fmt: skip
+    assert "585.9 KiB went to the server and 12.7 KiB to devices" in (tmp_path / "report.html").read_text("utf-8")
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
@@ -169,7 +185,8 @@ def test_what_is_no_number_is_null(tmp_path: Path, number: float) -> None:
 
 
 def test_every_field_is_documented(tmp_path: Path) -> None:
-    assert sorted(first_cells("`results.json`")) == sorted(fields(written(tmp_path)))
+    elsewhere = {"wire": {DEVICES[0]: Wire(up=1, down=2)}}
+    assert sorted(first_cells("`results.json`")) == sorted(fields(written(tmp_path, **elsewhere)))
 
 
 def test_every_name_on_terminal_and_page_is_mapped_to_its_key() -> None:

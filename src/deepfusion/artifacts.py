@@ -223,6 +223,18 @@ class Rejection(BaseModel):
     reason: str
 
 
+class Wire(BaseModel):
+    """Bytes of the messages that a federation's server and one device have sent each other, what came to nothing too.
+
+    A message counts as Flower carries it, with its own facts and digests; what HTTP and TLS put around it is not there.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    up: int = Field(default=0, ge=0)  # to the server
+    down: int = Field(default=0, ge=0)  # to the device
+
+
 class Intake(Artifact):
     """The server's verdict on all uploads."""
 

@@ -23,6 +23,7 @@ from deepfusion.artifacts import (
     Teaching,
     TransferSet,
     Upload,
+    Wire,
     Work,
 )
 from deepfusion.config import Recipe
@@ -54,6 +55,7 @@ def conclude(
     rounds: Mapping[str, Sequence[Round]] | None = None,
     changed: TransferSet | None = None,
     judgements: Sequence[Judgements] = (),
+    wire: Mapping[str, Wire] | None = None,
     into: Path,
 ) -> Report:
     """Write `results.json`, `report.html` and the MoE's model card; none of them names a folder of this machine.
@@ -66,6 +68,7 @@ def conclude(
         rounds: baseline → what its devices have sent and were sent, in parts that add up.
         changed: the transfer set as `shift` or `mix` made it, if students learned from that.
         judgements: what a judge thinks of some of the models.
+        wire: device → bytes of the messages with it, where devices are elsewhere.
     """
     tree = portable(recipe.model_dump(mode="json"))
     rejected = [r.model_copy(update={"reason": without_folders(r.reason)}) for r in intake.rejected]
@@ -84,6 +87,7 @@ def conclude(
         transfer=transfer,
         compute=_compute(recipe, transfer, changed, teachings, students, branches, parts or {}),
         steps=[_step(facts, set(recipe.evaluate.references)) for facts in phases],
+        wire=wire or {},
         baselines={name: _traffic(parts) for name, parts in (rounds or {}).items()},
         losses={
             **{

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numpy import ndarray
-from sklearn.feature_extraction.text import HashingVectorizer
 from transformers import AutoModel, AutoTokenizer
 
 HASHING = "hashing"
@@ -137,6 +136,9 @@ def _batches(encoder: str, texts: Sequence[str]) -> Iterator[Float[ndarray, "tex
 
 
 def _hashed(texts: Sequence[str]) -> Iterator[Float[ndarray, "texts features"]]:
+    # A hundred megabytes, which a federation's server, who only reads embeddings, can do without.
+    from sklearn.feature_extraction.text import HashingVectorizer
+
     vectorizer = HashingVectorizer(
         n_features=HASH_FEATURES,
         token_pattern=_TOKEN,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Literal, Self
 
-from deepfusion.artifacts import Clusters, Corpus, Intake, Judgements, Proxy, Scores, TransferSet, Upload, Work
+from deepfusion.artifacts import Clusters, Corpus, Intake, Judgements, Proxy, Scores, TransferSet, Upload, Wire, Work
 from deepfusion.data.documents import Judged, ScoredQuestion, read_jsonl
 from deepfusion.labels import METRICS
 from deepfusion.metrics import ResultRow, Subset, gap_closed, graded, summarise
@@ -137,6 +137,7 @@ class Findings:
     compute: Sequence[Compute] = ()
     steps: Sequence[Step] = ()
     bytes_down: Mapping[str, int] = field(default_factory=dict)  # device → bytes it was sent
+    wire: Mapping[str, Wire] = field(default_factory=dict)  # device elsewhere → bytes of the messages with it
     baselines: Mapping[str, Traffic] = field(default_factory=dict)  # by name, of those with rounds of their own
     losses: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)  # name → (step, loss); "device …"
     warnings: Sequence[str] = ()
@@ -153,6 +154,10 @@ class Findings:
     def bytes_up(self) -> dict[str, int]:
         """Device → bytes it sent (Eq. 5 of arXiv 2602.14301): as counted at the door, or by the devices themselves."""
         return self.intake.bytes if self.intake else {upload.device: upload.bytes for upload in self.uploads}
+
+    def all_wire(self) -> Wire:
+        """Bytes of all messages, with all devices."""
+        return Wire(up=sum(one.up for one in self.wire.values()), down=sum(one.down for one in self.wire.values()))
 
     def devices(self) -> list[Device]:
         """Every accepted device, in order."""

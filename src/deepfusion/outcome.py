@@ -40,6 +40,9 @@ def results(findings: Findings, rows: Sequence[ResultRow]) -> dict[str, Any]:
         "compute": [_compute(part) for part in findings.compute],
         "routing": {found.system: found.routing for found in findings.measured if found.routing is not None},
     }
+    if findings.wire:
+        per_device = {device: one.model_dump() for device, one in findings.wire.items()}
+        tree["bytes"]["wire"] = findings.all_wire().model_dump() | {"per_device": per_device}
     if findings.corpus:
         tree["corpus"] = {"domains": list(findings.corpus.domains), "counts": findings.corpus.counts}
     if findings.clusters:

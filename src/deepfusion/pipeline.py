@@ -30,6 +30,7 @@ from deepfusion.artifacts import (
     Teaching,
     TransferSet,
     Upload,
+    Wire,
     Writing,
 )
 from deepfusion.config import ModelSource, Recipe, Runtime
@@ -67,6 +68,7 @@ class Received:
 
     uploads: Mapping[str, Upload] = field(default_factory=dict[str, Upload])  # by device
     failures: Mapping[str, str] = field(default_factory=dict[str, str])  # device → why there is no upload of it
+    wire: Mapping[str, Wire] = field(default_factory=dict[str, Wire])  # device → what the messages with it came to
 
 
 @dataclass(frozen=True)
@@ -503,6 +505,8 @@ class _Method:
             for d in self.engine.done
         ]
         unkeyed = {"phases": phases, "warnings": of_run}
+        if self.received is not None:
+            done["wire"] = dict(self.received.wire)
         return self.go(Report, "report", recipe=self.keyed, **done, unkeyed=unkeyed).result()
 
 

@@ -149,6 +149,10 @@ def test_a_fleet_with_all_that_can_go_wrong(tmp_path: Path) -> None:
     assert "sent nothing" in rejected[STRANGER]
     assert [reason.count(device) for device, reason in rejected.items()] == [1, 1, 1]
     assert str(tmp_path) not in json.dumps(results)
+    counted, wire = results["bytes"]["per_device"], results["bytes"]["wire"]["per_device"]
+    assert all(counted[device]["up"] < wire[device]["up"] < 2 * counted[device]["up"] for device in GOOD)
+    assert wire[BROKEN]["up"] > wire[BROKEN]["down"] > 0
+    assert wire[STRANGER] == {"up": 0, "down": 0}
     told = json.loads((project.device(BROKEN) / "store" / "verdict.json").read_text())
     assert told["state"] == "rejected"
     assert "NaN" in told["reason"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from io import StringIO
@@ -12,9 +13,11 @@ from typing import Any
 
 import pytest
 from flwr.app import Message
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import push_objects
 from flwr.supercore.task_identity import TaskIdentity
 
-from deepfusion.artifacts import Upload
+from deepfusion.artifacts import Upload, Wire
 from deepfusion.config import DevicePhase, Federation, Recipe
 from deepfusion.errors import InputError
 from deepfusion.federation import messages, server
@@ -47,10 +50,11 @@ class Net:
     """One device, north, whose answers a function gives; None: lost."""
 
     answer: Callable[[str, Message], Any]
-    waiting: dict[str, Any]
+    waiting: dict[str, Message | None]
     kinds: list[str]
     activated: str = "once"
     nodes: list[bytes] = field(default_factory=lambda: [b"north"])
+    wire: Wire = field(default_factory=Wire)  # what Flower would have carried, to and fro
 
     def get_nodes(self) -> list[Any]:
         return [SimpleNamespace(node_id=7, public_key=key, last_activated_at=self.activated) for key in self.nodes]
@@ -59,13 +63,25 @@ class Net:
         [message] = those
         self.kinds.append(message.metadata.message_type)
         name = str(len(self.kinds))
-        self.waiting[name] = self.answer(message.metadata.message_type, message)
+        found = self.answer(message.metadata.message_type, message)
+        self.waiting[name] = None if found is None else Message(found, reply_to=message)
+        self.wire = Wire(up=self.wire.up, down=self.wire.down + carried(message))
         return [name]
 
     def pull_messages(self, names: Iterable[str]) -> list[Any]:
         [name] = names
         found = self.waiting.pop(name, None)
-        return [] if found is None else [SimpleNamespace(has_error=lambda: False, content=found)]
+        if found is None:
+            return []
+        self.wire = Wire(up=self.wire.up + carried(found), down=self.wire.down)
+        return [found]
+
+
+def carried(message: Message) -> int:
+    """Bytes that Flower puts on the wire for a message, by its own function that does."""
+    sent: list[int] = []
+    push_objects(get_all_nested_objects(message), lambda _, content: sent.append(len(content)))
+    return sum(sent)
 
 
 def collecting(net: Net, project: Project) -> Collector:
@@ -107,8 +123,10 @@ def test_one_order_then_pieces_then_the_verdict(project: Project, tmp_path: Path
     net.answer = device(project, sent(tmp_path / "made"), collector.orders["north"].digest)
     steps(collector, range(5))
     assert net.kinds == [messages.ORDER, messages.PIECE, messages.VERDICT]
-    assert list(collector.received().uploads) == ["north"]
-    assert collector.received().failures == {"south": "it sent nothing while uploads were collected"}
+    received = collector.received()
+    assert list(received.uploads) == ["north"]
+    assert received.failures == {"south": "it sent nothing while uploads were collected"}
+    assert received.wire == {"north": net.wire, "south": Wire()}
 
 
 def test_a_lost_piece_is_asked_for_again_and_a_lost_order_when_its_node_is_back(
@@ -126,6 +144,7 @@ def test_a_lost_piece_is_asked_for_again_and_a_lost_order_when_its_node_is_back(
     steps(collector, [1004, 1013, 1014, 1015])
     assert net.kinds[3:] == [messages.PIECE, messages.VERDICT]
     assert list(collector.received().uploads) == ["north"]
+    assert collecting(net, project).received().wire["north"] == net.wire  # what was lost too, and by a server anew
 
 
 def test_a_device_that_fails_again_and_again_is_left_out_with_its_reason(project: Project) -> None:
@@ -282,3 +301,12 @@ def test_collecting_ends_with_quorum_and_grace_or_the_deadline(project: Project,
     net.answer = device(project, sent(tmp_path / "made"), collector.orders["north"].digest, first=100)
     collector.collect(9000, now=lambda: float(next(clock)), rest=0)
     assert next(clock) < 200
+
+
+@pytest.mark.parametrize("content", [b"", b"a" * 10, os.urandom(11 * 2**20), bytes(11 * 2**20)])
+def test_a_message_is_as_large_as_what_flower_sends_of_it(content: bytes) -> None:
+    message = Message(messages.reply(None, Piece("of", 0, content)), 7, messages.PIECE)
+    size = messages.size(message)
+    assert size == carried(message)
+    distinct = len(content) if len(set(content)) > 1 else len(content) % (5 * 2**20) + 5 * 2**20 * (len(content) > 10)
+    assert 0 < size - distinct < 2000

@@ -2,7 +2,8 @@
 
 `incoming/<device>/` holds what is under way, and what is there of it is known by the sizes of its files alone, so that
 a server that is killed goes on where it was. `uploads/<device>/` holds whole uploads, exactly as the device has them.
-`verdicts/<device>.json` says what was decided. All of it is idempotent: what comes twice changes nothing.
+`verdicts/<device>.json` says what was decided. All of it is idempotent: what comes twice changes nothing. But in the
+ledger: `wire/<device>.json` counts the bytes of all messages, those that come twice too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from deepfusion.artifacts import RECORD, Upload, file_digest
+from deepfusion.artifacts import RECORD, Upload, Wire, file_digest
 from deepfusion.federation.manifest import Entry, Manifest, digest, verify
 
 _MANIFEST, _SIGNATURE = ".manifest.json", ".signature"  # hidden: no part of an artifact
@@ -144,11 +145,7 @@ class Inbox:
 
     def decide(self, verdict: Verdict) -> Verdict:
         """Write down what is decided."""
-        path = self.root / "verdicts" / f"{verdict.device}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(verdict.model_dump_json(indent=1), encoding="utf-8")
-        temporary.replace(path)
+        _write(self.root / "verdicts" / f"{verdict.device}.json", verdict)
         self._decided[verdict.device] = verdict
         return verdict
 
@@ -163,6 +160,16 @@ class Inbox:
             known = digest((folder / _MANIFEST).read_bytes())
             return self.decide(Verdict(device=device, state="accepted", digest=known))
         return None
+
+    def carried(self, device: str, *, up: int = 0, down: int = 0) -> None:
+        """Add the bytes of a message to the ledger."""
+        before = self.wire(device)
+        _write(self.root / "wire" / f"{device}.json", Wire(up=before.up + up, down=before.down + down))
+
+    def wire(self, device: str) -> Wire:
+        """What the ledger says of a device, from the first start of collecting on."""
+        path = self.root / "wire" / f"{device}.json"
+        return Wire.model_validate_json(path.read_bytes()) if path.is_file() else Wire()
 
     def upload(self, device: str) -> Upload:
         """An accepted upload."""
@@ -187,6 +194,14 @@ class Inbox:
     def _held(self, device: str, entry: Entry) -> int:
         path = self._incoming(device) / entry.name
         return path.stat().st_size if path.is_file() else 0
+
+
+def _write(path: Path, content: BaseModel) -> None:
+    """Write a file so that whoever is killed meanwhile leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(content.model_dump_json(indent=1), encoding="utf-8")
+    temporary.replace(path)
 
 
 def started(root: Path, now: float) -> float:

@@ -15,6 +15,7 @@ from typing import Any, Self, cast
 
 import zstandard
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 from pydantic import BaseModel, ConfigDict
 
 from deepfusion.config import DevicePhase, MadeModel
@@ -146,6 +147,12 @@ def read_verdict(message: Message) -> tuple[str, str]:
     """The same again."""
     fields = _config(message, "verdict")
     return str(fields["state"]), str(fields["reason"])
+
+
+def size(message: Message) -> int:
+    """Bytes of a message as Flower carries it: those of each of its objects, of equal ones once."""
+    with no_object_id_recompute():
+        return sum(len(part.deflate()) for part in get_all_nested_objects(message).values())
 
 
 def _config(message: Message, name: str) -> ConfigRecord:

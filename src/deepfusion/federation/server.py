@@ -234,7 +234,7 @@ class Collector:
                 failures[device] = f"only {wanted.offset} of {wanted.size} bytes had come when collecting ended"
             else:
                 failures[device] = "it sent nothing while uploads were collected"
-        return Received(uploads, failures)
+        return Received(uploads, failures, {device: self.inbox.wire(device) for device in self.talks})
 
     def _decided(self, talk: Talk) -> bool:
         return self.inbox.verdict(talk.device) is not None
@@ -244,6 +244,7 @@ class Collector:
             return
         for reply in self.net.pull_messages([sent.id]):  # one at a time: memory holds one piece
             talk.sent = None
+            self.inbox.carried(talk.device, up=messages.size(reply))
             self._take(talk, sent, reply, now)
             return
         lost = node is not None and node.last_activated_at != sent.activated
@@ -303,10 +304,12 @@ class Collector:
         else:
             kind, content = ORDER, messages.order(self.orders[device], self.packed)
         message = Message(content, dst_node_id=node.node_id, message_type=kind)
+        size = messages.size(message)
         names = list(self.net.push_messages([message]))
         for sent in names:
             if sent is not None:
                 talk.sent = Sent(sent, kind, now, node.last_activated_at)
+                self.inbox.carried(device, down=size)
         return bool(names)
 
 
@@ -373,7 +376,7 @@ def fuse(grid: Grid, context: Context) -> None:
     Raises:
         ValueError: one line about what the user can mend.
     """
-    project = Project(Path(str(context.run_config.get("folder", "."))))
+    project = Project(Path(str(context.run_config.get("folder", "."))).absolute())
     recipe = Recipe.load(project.recipe)
     runtime = Runtime(workers=int(context.run_config.get("workers", 1)))
     watch = Lines()
@@ -383,10 +386,10 @@ def fuse(grid: Grid, context: Context) -> None:
     again = float(context.run_config.get("deadline-s", 0))
     begun = time.time() if again else started(project.inbox, time.time())
     collecting.collect(begun + (again or recipe.federation.deadline_s))
+    collecting.tell(recipe.federation.patience_s)
     received = collecting.received()
     for device, reason in received.failures.items():
         print_line(f"{device} is left out: {reason}")
-    collecting.tell(recipe.federation.patience_s)
     if len(received.uploads) < recipe.federation.quorum:
         raise InputError(
             f"{len(received.uploads)} uploads are accepted, and federation.quorum is {recipe.federation.quorum}: run "

@@ -123,6 +123,12 @@ def traffic(findings: Findings) -> Section | None:
     sent, received = sum(up.values()), sum(findings.bytes_down.values())
     text = [f"Devices sent {figures.size(sent)} in all, no raw text among it."] if sent else []
     text += [f"They were sent {figures.size(received)}."] if received else []
+    if findings.wire:
+        wire = findings.all_wire()
+        text.append(
+            "With all that Flower's messages add, and what came twice or came to nothing, "
+            f"{figures.size(wire.up)} went to the server and {figures.size(wire.down)} to devices."
+        )
     if devices or server is not None:
         text.append(
             "Memory is the peak of the step's process on the machine that ran it, libraries included, so tiny models "
