@@ -226,7 +226,8 @@ class Rejection(BaseModel):
 class Wire(BaseModel):
     """Bytes of the messages that a federation's server and one device have sent each other, what came to nothing too.
 
-    A message counts as Flower carries it, with its own facts and digests; what HTTP and TLS put around it is not there.
+    A message counts as Flower carries it, with its own facts and digests, once; what HTTP, TLS and Flower's own
+    repetitions add is not there.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
