@@ -77,8 +77,8 @@ class Inbox:
         folder = self._incoming(device)
         if (folder / _SIGNATURE).is_file() and (folder / _MANIFEST).read_bytes() == content:
             return
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        self._forget(device)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / _MANIFEST).write_bytes(content)
         (folder / _SIGNATURE).write_bytes(signature)  # last: with it the announcement is whole
 
@@ -134,7 +134,7 @@ class Inbox:
         try:
             self.check(upload)
         except (ValueError, OSError) as fault:
-            shutil.rmtree(folder)
+            self._forget(device)
             return self.decide(Verdict(device=device, state="rejected", reason=str(fault), digest=wanted.digest))
         target = self._accepted(device)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -143,11 +143,7 @@ class Inbox:
 
     def decide(self, verdict: Verdict) -> Verdict:
         """Write down what is decided."""
-        path = self.root / "verdicts" / f"{verdict.device}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(verdict.model_dump_json(indent=1), encoding="utf-8")
-        temporary.replace(path)
+        _write(self.root / "verdicts" / f"{verdict.device}.json", verdict.model_dump_json(indent=1))
         return verdict
 
     def verdict(self, device: str) -> Verdict | None:
@@ -166,6 +162,13 @@ class Inbox:
 
     def _incoming(self, device: str) -> Path:
         return self.root / "incoming" / device
+
+    def _forget(self, device: str) -> None:
+        """Remove what is under way, its signature first: without that, whatever a kill leaves of it is nothing."""
+        folder = self._incoming(device)
+        (folder / _SIGNATURE).unlink(missing_ok=True)
+        if folder.exists():
+            shutil.rmtree(folder)
 
     def _accepted(self, device: str) -> Path:
         return self.root / "uploads" / device
@@ -189,9 +192,16 @@ def started(root: Path, now: float) -> float:
     """When collecting began, in seconds since the epoch; the first call decides it for all that follow."""
     path = root / "started.json"
     if not path.is_file():
-        root.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(now), encoding="utf-8")
+        _write(path, json.dumps(now))
     return float(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 __all__ = ["RECORD", "Inbox", "Verdict", "Wanted", "started"]

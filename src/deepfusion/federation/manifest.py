@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deepfusion.artifacts import MANIFEST, RECORD, Upload, file_digest
-from deepfusion.errors import InputError, read_file
+from deepfusion.errors import InputError, one_line, read_file
 
 MOST_BYTES = 2**20  # of a manifest
 MOST_FILES = 4096
@@ -133,4 +133,4 @@ def _first(error: ValidationError | TypeError) -> str:
     if isinstance(error, TypeError):
         return "its record is no mapping of facts"
     fault = error.errors()[0]
-    return f"{'.'.join(map(str, fault['loc']))[:80]}: {fault['msg']}"
+    return one_line(f"{'.'.join(map(str, fault['loc']))[:80]}: {fault['msg']}", 200)
