@@ -58,6 +58,7 @@ def test_text_that_is_not_the_orders_is_refused(packed: bytes, words: str) -> No
         ("order", {}, read_order),
         ("order", {"order": 5}, read_order),
         ("order", {"order": "{}"}, read_order),
+        ("order", {"order": GIVEN.model_dump_json().replace('"epochs"', '"\\u0000"')}, read_order),
         ("ask", {"of": "a", "offset": 1}, read_ask),
         ("ask", {"of": "a", "offset": "1", "length": 2}, read_ask),
         ("ask", {"of": "a", "offset": -1, "length": 2}, read_ask),
@@ -69,8 +70,9 @@ def test_text_that_is_not_the_orders_is_refused(packed: bytes, words: str) -> No
     ],
 )
 def test_what_is_no_such_message_is_refused(name: str, fields: dict[str, Any], read: Any) -> None:
-    with pytest.raises(ValueError, match=r"."):
+    with pytest.raises(ValueError, match=r".") as told:
         read(message(RecordDict({name: ConfigRecord(fields)})))
+    assert str(told.value).isprintable()
     with pytest.raises(ValueError, match=f"the message has no {name}"):
         read(message(RecordDict({})))
 

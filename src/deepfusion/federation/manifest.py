@@ -68,8 +68,10 @@ class Manifest(BaseModel):
         try:
             made = cls.model_validate_json(content)
             facts = Upload(folder=Path(), **made.record)
-        except (ValidationError, TypeError) as error:
-            raise ValueError(f"its manifest is not one: {_first(error)}") from None
+        except ValidationError as error:
+            raise ValueError(f"its manifest is not one: {first_fault(error)}") from None
+        except TypeError:
+            raise ValueError("its manifest is not one: its record is no mapping of facts") from None
         names = [entry.name for entry in made.files]
         for name in names:
             if len(name) > 200 or not _NAME.fullmatch(name) or Path(name).suffix not in _SUFFIXES:
@@ -129,8 +131,7 @@ def verify(content: bytes, signature: bytes, key: Path) -> None:
         raise ValueError("its manifest is not signed by the key of the device that it names") from None
 
 
-def _first(error: ValidationError | TypeError) -> str:
-    if isinstance(error, TypeError):
-        return "its record is no mapping of facts"
+def first_fault(error: ValidationError) -> str:
+    """What is wrong with facts from elsewhere, in a line: the first of its faults."""
     fault = error.errors()[0]
     return one_line(f"{'.'.join(map(str, fault['loc']))[:80]}: {fault['msg']}", 200)

@@ -14,10 +14,11 @@ from typing import Any, Self, TypeVar
 
 import zstandard
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deepfusion.config import DevicePhase, MadeModel
 from deepfusion.errors import one_line
+from deepfusion.federation.manifest import first_fault
 
 ORDER, PIECE, VERDICT = "train", "query.piece", "query.verdict"
 MOST_TEXT = 2**32  # bytes of public text that a device unpacks
@@ -75,9 +76,12 @@ def read_order(message: Message) -> tuple[Order, dict[str, bytes]]:
     """The same again.
 
     Raises:
-        ValueError: the text is not what the order says.
+        ValueError: it is no order, or the text is not what the order says.
     """
-    given = Order.model_validate_json(_field(_config(message, "order"), "order", str))
+    try:
+        given = Order.model_validate_json(_field(_config(message, "order"), "order", str))
+    except ValidationError as error:
+        raise ValueError(f"the order is not one: {first_fault(error)}") from None
     packed, texts = _contents(message, "texts"), dict[str, bytes]()
     for name in sorted(packed.keys() & given.texts):  # what nobody asks for is not unpacked
         try:
