@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 QUIET_LIBRARIES := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false FLWR_TELEMETRY_ENABLED=0
 
-.PHONY: help demo check test test-slow test-federation docs bench bench-tables clean
+.PHONY: help demo check test test-slow test-federation fuzz docs bench bench-tables clean
 .DELETE_ON_ERROR:
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make test       every fast test"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-federation  Flower processes on this machine: a few minutes"
+	@echo "make fuzz       look for uploads and messages that the intake does not withstand: SECONDS=900 of the processor each"
 	@echo "make docs       the documentation site, into site/"
 	@echo "make bench      the benchmarks, into benchmarks/"
 	@echo "make bench-tables  the paper's tables, small, into runs/tables-*: an hour or two on two cores"
@@ -46,6 +47,13 @@ test-slow: .venv/dev.stamp
 
 test-federation: .venv/dev.stamp
 	$(QUIET_LIBRARIES) OMP_NUM_THREADS=1 $(BIN)/pytest tests/federation -m federation
+
+# Guided by coverage (atheris, Linux). What fails is runs/fuzz/TARGET/crash-…, and `tests/fuzz/run.py TARGET 0 FILE` runs it again.
+SECONDS ?= 900
+FUZZED ?= upload pieces manifest message
+fuzz: .venv/dev.stamp
+	$(BIN)/pip install -q -c constraints.txt -e '.[fuzz]'
+	for target in $(FUZZED); do $(QUIET_LIBRARIES) OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py $$target $(SECONDS) || exit 1; done
 
 docs: .venv/dev.stamp
 	$(BIN)/python -m deepfusion.reference > docs/recipes.md

@@ -290,7 +290,7 @@ HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "integers": (
         weights(lambda held, name: held.update({name: torch.zeros(3, 32, dtype=torch.int32)})),
-        r"c_fc\.lora_A\.weight is I32: save it as float32",
+        r"c_fc\.lora_A\.weight is torch.int32: save it as float32",
     ),
     "NaN": (weights(lambda held, name: held[name].fill_(torch.nan)), "c_fc.lora_A.weight holds NaN"),
     "huge": (

@@ -35,6 +35,7 @@ LAYERS = (
         "adapters",
         "quantisation",
         "codecs",
+        "descendants",
         "routing",
         "scoring",
         "encoders",

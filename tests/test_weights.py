@@ -10,7 +10,20 @@ from torch import Tensor
 
 from deepfusion import weights
 from deepfusion.artifacts import file_digest
-from deepfusion.weights import INDEX, WEIGHTS, Part, digest, distance, index, shapes, stored, stored_in, tensors, write
+from deepfusion.weights import (
+    INDEX,
+    WEIGHTS,
+    Part,
+    blocks,
+    digest,
+    distance,
+    index,
+    shapes,
+    stored,
+    stored_in,
+    tensors,
+    write,
+)
 from fuse import Blown, Fuse, contents, written
 
 HELD: dict[str, Tensor] = {
@@ -229,3 +242,16 @@ def test_distances_by_hand(tmp_path: Path) -> None:
         write(tmp_path / name, [Part.of("a", torch.tensor(values))])
     changed, whole = distance(stored(tmp_path / "now"), stored(tmp_path / "before"))
     assert (changed, whole) == (5.0, pytest.approx(20**0.5))
+
+
+def test_any_number_of_rows_without_elements_is_one_block() -> None:
+    assert list(blocks((2**60, 0))) == [slice(0, 2**60)]
+    assert list(blocks((0, 2**60))) == [slice(0, 0)]
+    assert list(blocks((0, 0))) == [slice(0, 0)]
+
+
+def test_a_name_without_end_is_refused(tmp_path: Path) -> None:
+    """Patterns are matched against names, and names stand in reasons."""
+    save_file({"h" * 1001: torch.ones(1)}, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match="has a tensor whose name has 1001 characters: 'hhhh"):
+        stored(tmp_path)

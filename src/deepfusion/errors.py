@@ -15,6 +15,13 @@ class InputError(ValueError):
     """
 
 
+def one_line(text: str, most: int = 1000) -> str:
+    """Text from elsewhere that can be shown and kept: in one line, without control characters, cut after `most`."""
+    words = " ".join(text[: 2 * most].split())
+    shown = "".join(letter if letter.isprintable() else "�" for letter in words)
+    return shown if len(shown) <= most else shown[: most - 1] + "…"
+
+
 def concerns_all(error: BaseException) -> bool:
     """Whether an error is of what all steps share, the inputs and the disk, and not of one step's own work."""
     return isinstance(error, InputError | OSError)

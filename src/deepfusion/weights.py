@@ -26,7 +26,8 @@ from torch import Tensor
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 2**30
 BLOCK = 2**18  # elements that are worked on at a time: in float32 they fit into a core's cache, four times as fast
-MOST_HEADER = 2**24  # bytes of a file's header: a hundred thousand tensors
+MOST_HEADER = 2**24  # bytes of a file's header, or of an index of files: a hundred thousand tensors
+MOST_NAME = 1000  # characters of a tensor's name
 AHEAD = 8  # blocks that wait to be written
 Shape = tuple[torch.dtype, tuple[int, ...]]
 METADATA = {"format": "pt"}  # of a file of weights
@@ -99,7 +100,8 @@ def blocks(shape: tuple[int, ...], rows: slice = slice(None)) -> Iterator[slice 
         yield None
         return
     first, last, _ = rows.indices(shape[0])
-    step = max(1, BLOCK // max(1, math.prod(shape[1:])))
+    width = math.prod(shape[1:])
+    step = max(1, BLOCK // width if width else shape[0])  # without elements, any number of rows is one block
     for start in range(first, last, step) or (first,):
         yield slice(start, min(start + step, last))
 
@@ -113,6 +115,8 @@ def index(folder: Path) -> dict[str, Path]:
     if (folder / WEIGHTS).is_file():
         files = [folder / WEIGHTS]
     elif (folder / INDEX).is_file():
+        if (size := (folder / INDEX).stat().st_size) > MOST_HEADER:
+            raise ValueError(f"{folder / INDEX} has {size} bytes, and may have {MOST_HEADER}")
         try:
             names = {
                 str(name) for name in json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
@@ -226,6 +230,8 @@ def _opened(file: Path) -> Generator[Any]:
             if (length := int.from_bytes(stream.read(8), "little")) > MOST_HEADER:
                 raise ValueError(f"{file} has a header of {length} bytes, and may have {MOST_HEADER}")
         with safe_open(file, framework="pt") as stream:
+            if long := next((name for name in stream.keys() if len(name) > MOST_NAME), ""):  # noqa: SIM118 (no mapping)
+                raise ValueError(f"{file} has a tensor whose name has {len(long)} characters: {long[:40]!r}…")
             yield stream
     except (SafetensorError, FileNotFoundError) as error:
         raise ValueError(f"{file} is not a readable safetensors file: {error}") from None

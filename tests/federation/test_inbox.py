@@ -119,6 +119,40 @@ def test_killed_between_renaming_and_verdict(project: Project, tmp_path: Path, u
     assert inbox(tmp_path, project).verdict("north") == verdict
 
 
+@pytest.mark.parametrize("left", [".signature", ".manifest.json", "model"])
+def test_killed_while_an_upload_is_forgotten(
+    left: str, project: Project, tmp_path: Path, upload: Upload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever of a refused upload is left by a kill, the inbox opens, and the device may send it again."""
+
+    def refuse(_: Upload) -> None:
+        raise ValueError("it is refused")
+
+    def kill(folder: Path, **_: Any) -> None:
+        for path in folder.iterdir():
+            if path.name != left and path.is_file():
+                path.unlink()
+        raise KeyboardInterrupt
+
+    box = inbox(tmp_path, project, refuse)
+    box.add("north", announced(box, project, upload), 0, stream())
+    with monkeypatch.context() as patched:
+        patched.setattr("deepfusion.federation.inbox.shutil.rmtree", kill)
+        with pytest.raises(KeyboardInterrupt):
+            box.settle("north")
+    box = inbox(tmp_path, project)
+    assert box.wanted("north") is None
+    box.add("north", announced(box, project, upload), 0, stream())
+    verdict = box.settle("north")
+    assert verdict is not None
+    assert verdict.state == "accepted"
+
+
+def test_a_start_that_was_not_written_whole_does_not_count(tmp_path: Path) -> None:
+    (tmp_path / "started.tmp").write_text("17640")
+    assert started(tmp_path, 9.0) == 9.0
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [

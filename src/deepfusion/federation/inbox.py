@@ -79,8 +79,8 @@ class Inbox:
         folder = self._incoming(device)
         if (folder / _SIGNATURE).is_file() and (folder / _MANIFEST).read_bytes() == content:
             return
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        self._forget(device)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / _MANIFEST).write_bytes(content)
         (folder / _SIGNATURE).write_bytes(signature)  # last: with it the announcement is whole
 
@@ -136,7 +136,7 @@ class Inbox:
         try:
             self.check(upload)
         except (ValueError, OSError) as fault:
-            shutil.rmtree(folder)
+            self._forget(device)
             return self.decide(Verdict(device=device, state="rejected", reason=str(fault), digest=wanted.digest))
         target = self._accepted(device)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ class Inbox:
 
     def decide(self, verdict: Verdict) -> Verdict:
         """Write down what is decided."""
-        _write(self.root / "verdicts" / f"{verdict.device}.json", verdict)
+        _write(self.root / "verdicts" / f"{verdict.device}.json", verdict.model_dump_json(indent=1))
         self._decided[verdict.device] = verdict
         return verdict
 
@@ -164,7 +164,9 @@ class Inbox:
     def carried(self, device: str, *, up: int = 0, down: int = 0) -> None:
         """Add the bytes of a message to the ledger."""
         before = self.wire(device)
-        _write(self.root / "wire" / f"{device}.json", Wire(up=before.up + up, down=before.down + down))
+        _write(
+            self.root / "wire" / f"{device}.json", Wire(up=before.up + up, down=before.down + down).model_dump_json()
+        )
 
     def wire(self, device: str) -> Wire:
         """What the ledger says of a device, from the first start of collecting on."""
@@ -177,6 +179,13 @@ class Inbox:
 
     def _incoming(self, device: str) -> Path:
         return self.root / "incoming" / device
+
+    def _forget(self, device: str) -> None:
+        """Remove what is under way, its signature first: without that, whatever a kill leaves of it is nothing."""
+        folder = self._incoming(device)
+        (folder / _SIGNATURE).unlink(missing_ok=True)
+        if folder.exists():
+            shutil.rmtree(folder)
 
     def _accepted(self, device: str) -> Path:
         return self.root / "uploads" / device
@@ -196,21 +205,20 @@ class Inbox:
         return path.stat().st_size if path.is_file() else 0
 
 
-def _write(path: Path, content: BaseModel) -> None:
-    """Write a file so that whoever is killed meanwhile leaves the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(content.model_dump_json(indent=1), encoding="utf-8")
-    temporary.replace(path)
-
-
 def started(root: Path, now: float) -> float:
     """When collecting began, in seconds since the epoch; the first call decides it for all that follow."""
     path = root / "started.json"
     if not path.is_file():
-        root.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(now), encoding="utf-8")
+        _write(path, json.dumps(now))
     return float(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 __all__ = ["RECORD", "Inbox", "Verdict", "Wanted", "started"]

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deepfusion.artifacts import MANIFEST, RECORD, Upload, file_digest
-from deepfusion.errors import InputError, read_file
+from deepfusion.errors import InputError, one_line, read_file
 
 MOST_BYTES = 2**20  # of a manifest
 MOST_FILES = 4096
@@ -68,8 +68,10 @@ class Manifest(BaseModel):
         try:
             made = cls.model_validate_json(content)
             facts = Upload(folder=Path(), **made.record)
-        except (ValidationError, TypeError) as error:
-            raise ValueError(f"its manifest is not one: {_first(error)}") from None
+        except ValidationError as error:
+            raise ValueError(f"its manifest is not one: {first_fault(error)}") from None
+        except TypeError:
+            raise ValueError("its manifest is not one: its record is no mapping of facts") from None
         names = [entry.name for entry in made.files]
         for name in names:
             if len(name) > 200 or not _NAME.fullmatch(name) or Path(name).suffix not in _SUFFIXES:
@@ -159,8 +161,7 @@ def public_key(path: Path) -> ec.EllipticCurvePublicKey:
     return found
 
 
-def _first(error: ValidationError | TypeError) -> str:
-    if isinstance(error, TypeError):
-        return "its record is no mapping of facts"
+def first_fault(error: ValidationError) -> str:
+    """What is wrong with facts from elsewhere, in a line: the first of its faults."""
     fault = error.errors()[0]
-    return f"{'.'.join(map(str, fault['loc']))[:80]}: {fault['msg']}"
+    return one_line(f"{'.'.join(map(str, fault['loc']))[:80]}: {fault['msg']}", 200)

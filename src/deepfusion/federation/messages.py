@@ -11,17 +11,21 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar
 
 import zstandard
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deepfusion.config import DevicePhase, MadeModel
+from deepfusion.errors import one_line
+from deepfusion.federation.manifest import first_fault
 
 ORDER, PIECE, VERDICT = "train", "query.piece", "query.verdict"
 MOST_TEXT = 2**32  # bytes of public text that a device unpacks
+_WINDOW = 2**23  # bytes that unpacking it may look back
+_Kind = TypeVar("_Kind", str, int)
 
 
 class Order(BaseModel):
@@ -78,13 +82,19 @@ def read_order(message: Message) -> tuple[Order, dict[str, bytes]]:
     """The same again.
 
     Raises:
-        ValueError: the text is not what the order says.
+        ValueError: it is no order, or the text is not what the order says.
     """
-    given = Order.model_validate_json(str(_config(message, "order")["order"]))
-    texts: dict[str, bytes] = {}
-    for name, packed in _contents(message, "texts").items():
-        with zstandard.ZstdDecompressor().stream_reader(packed) as stream:
-            texts[name] = stream.read(MOST_TEXT)
+    try:
+        given = Order.model_validate_json(_field(_config(message, "order"), "order", str))
+    except ValidationError as error:
+        raise ValueError(f"the order is not one: {first_fault(error)}") from None
+    packed, texts = _contents(message, "texts"), dict[str, bytes]()
+    for name in sorted(packed.keys() & given.texts):  # what nobody asks for is not unpacked
+        try:
+            with zstandard.ZstdDecompressor(max_window_size=_WINDOW).stream_reader(packed[name]) as stream:
+                texts[name] = stream.read(MOST_TEXT)
+        except zstandard.ZstdError as error:
+            raise ValueError(f"the public text {name} is not readable: {error}") from None
     if {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()} != given.texts:
         raise ValueError("the public text that came with the order is not the one that it names")
     return given, texts
@@ -117,14 +127,13 @@ class Reply:
             ValueError: it is no answer of a device of ours.
         """
         fields = _config(message, "reply")
-        failed, manifest, signature = (fields.get(name) for name in ("failed", "manifest", "signature"))
-        of, offset = fields.get("of"), fields.get("offset")
+        manifest, signature, of, offset = (fields.get(name) for name in ("manifest", "signature", "of", "offset"))
         announcement = piece = None
         if isinstance(manifest, bytes) and isinstance(signature, bytes):
             announcement = Announcement(manifest, signature)
         if isinstance(of, str) and isinstance(offset, int):
             piece = Piece(of, offset, _contents(message, "piece").get("piece", b""))
-        return cls(str(failed or "")[:1000], announcement, piece)
+        return cls(one_line(_field(fields, "failed", str)), announcement, piece)
 
 
 def ask(of: str, offset: int, length: int) -> RecordDict:
@@ -133,9 +142,16 @@ def ask(of: str, offset: int, length: int) -> RecordDict:
 
 
 def read_ask(message: Message) -> tuple[str, int, int]:
-    """The same again."""
+    """The same again.
+
+    Raises:
+        ValueError: it asks for no bytes of an upload.
+    """
     fields = _config(message, "ask")
-    return str(fields["of"]), int(cast("int", fields["offset"])), int(cast("int", fields["length"]))
+    of, offset, length = _field(fields, "of", str), _field(fields, "offset", int), _field(fields, "length", int)
+    if offset < 0 or length < 0:
+        raise ValueError(f"the message asks for {length} bytes from {offset} on")
+    return of, offset, length
 
 
 def verdict(state: str, reason: str) -> RecordDict:
@@ -144,9 +160,13 @@ def verdict(state: str, reason: str) -> RecordDict:
 
 
 def read_verdict(message: Message) -> tuple[str, str]:
-    """The same again."""
+    """The same again.
+
+    Raises:
+        ValueError: it is no verdict.
+    """
     fields = _config(message, "verdict")
-    return str(fields["state"]), str(fields["reason"])
+    return one_line(_field(fields, "state", str)), one_line(_field(fields, "reason", str))
 
 
 def size(message: Message) -> int:
@@ -160,6 +180,13 @@ def _config(message: Message, name: str) -> ConfigRecord:
         return message.content.config_records[name]
     except (KeyError, ValueError) as error:
         raise ValueError(f"the message has no {name}") from error
+
+
+def _field(fields: ConfigRecord, name: str, kind: type[_Kind]) -> _Kind:
+    value = fields.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"the message has no {name}")
+    return value
 
 
 def _arrays(contents: dict[str, bytes]) -> ArrayRecord:

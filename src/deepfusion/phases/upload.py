@@ -15,7 +15,9 @@ from statistics import median
 from deepfusion import adapters, checkpoints, codecs
 from deepfusion.artifacts import Checkpoint, Intake, Rejection, Upload, Work
 from deepfusion.config import Codec, LoRA, Sent
+from deepfusion.descendants import validate_descendant
 from deepfusion.encoders import decode
+from deepfusion.errors import one_line
 from deepfusion.progress import Ticker
 from deepfusion.weights import distance
 
@@ -183,19 +185,21 @@ class _Door:
             adapters.validate(upload.sent, self._ancestor(upload).folder, sent.lora)
             self._note(upload, adapters.change(upload.sent, sent.lora))
         else:
-            checkpoints.validate(upload.model)
+            ancestor = self._ancestor(upload) if self.ancestors else None
+            if ancestor is None:
+                checkpoints.validate(upload.model)
+            else:
+                validate_descendant(upload.model, ancestor.folder)
             if (found := checkpoints.open_config(upload.model).model_type) != upload.model_type:
                 raise ValueError(f"it declares a {upload.model_type} model but holds a {found} model")
-            if self.ancestors:
-                self._compare(upload)
+            if ancestor is not None:
+                self._compare(upload, ancestor)
         if size != upload.bytes:
             raise ValueError(f"it declares {upload.bytes} bytes but holds {size}")
         return size
 
-    def _compare(self, upload: Upload) -> None:
-        """Hold a model against what it was trained from."""
-        ancestor = self._ancestor(upload)
-        checkpoints.validate_descendant(upload.model, ancestor.folder)
+    def _compare(self, upload: Upload, ancestor: Checkpoint) -> None:
+        """How far a model is from what it was trained from."""
         names = list(checkpoints.trained_shapes(ancestor.folder))  # a device may leave out the prefix of its own names
         self._note(upload, *distance(*(checkpoints.named_as(names, one) for one in (upload.model, ancestor.folder))))
 
@@ -272,7 +276,7 @@ def outliers(distances: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
 
 def _reason(upload: Upload, fault: Exception, scratch: Path) -> str:
     """One line that names the device and no folder of this machine: reasons are part of the result."""
-    text = " ".join(str(fault).split())
+    text = str(fault)
     for folder in (upload.sent, scratch):
         text = text.replace(str(folder), f"its {upload.sends}")
-    return f"device {upload.device}: {text}"
+    return one_line(f"device {upload.device}: {text}")

@@ -1,0 +1,97 @@
+"""What a stranger writes beside weights is held against the ancestor's own files before anything is made of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepfusion.checkpoints import open_model, open_tokenizer, save_model
+from deepfusion.descendants import validate_descendant
+from pico import pico
+
+
+@pytest.fixture(scope="module")
+def ancestor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pico("gpt2", tmp_path_factory.mktemp("ancestor"))
+
+
+@pytest.fixture
+def folder(ancestor: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(ancestor, tmp_path / "sent")
+
+
+def says(name: str, **fields: Any) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        held = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+        (folder / name).write_text(json.dumps(held | fields))
+
+    return change
+
+
+def numbered(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    fields = json.loads(path.read_text())
+    fields["model"]["vocab"]["zzz"] = 2**32 - 2  # the library writes a line for every number below
+    path.write_text(json.dumps(fields))
+
+
+def with_nothing_in_rows(folder: Path) -> None:
+    """A tensor that any family passes over, of as many rows as there can be, without a byte."""
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    end = len(content) - 8 - length
+    entry = {"dtype": "F32", "shape": [2**60, 0], "data_offsets": [end, end]}
+    head = json.dumps(json.loads(content[8 : 8 + length]) | {"h.rotary_emb.inv_freq": entry}).encode()
+    file.write_bytes(len(head).to_bytes(8, "little") + head + content[8 + length :])
+
+
+def long_winded(folder: Path) -> None:
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " " * 2**17)
+
+
+REFUSED = {
+    "a label for every number": (says("config.json", num_labels=10**12), "num_labels is 1000000000000, and its"),
+    "a layer for every number": (says("config.json", n_layer=10**12), "n_layer is 1000000000000, and its"),
+    "a token of any number": (numbered, "tokenizer.json: model is not its ancestor's"),
+    "rows without end": (with_nothing_in_rows, "1 tensors more than its ancestor"),
+    "weights from elsewhere": (
+        says("adapter_config.json", base_model_name_or_path="/", peft_type="LORA"),
+        "adapter_config.json is no part of a checkpoint of its ancestor",
+    ),
+    "another file of tokens": (says("tokenizer_config.json", tokenizer_file="/dev/zero"), "tokenizer_file is /dev/z"),
+    "another end": (says("tokenizer_config.json", eos_token="a"), "eos_token is a, and its ancestor's is <"),
+    "what cannot be opened": (says("generation_config.json", cache_implementation=7), "config.json is not valid: "),
+    "what cannot be shown": (says("config.json", activation_function="\ud800\x1b[2J"), "function is ��"),
+    "more than can be meant": (long_winded, "config.json has .* bytes, and cannot need more than"),
+    "no JSON": (lambda folder: (folder / "config.json").write_text("{" + "9" * 5000), "config.json is not JSON"),
+    "no object": (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "is not a JSON object"),
+    "another text": (lambda folder: (folder / "merges.txt").write_text("a b"), "merges.txt is no part of"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_not_the_ancestors_is_refused_before_it_is_used(what: str, folder: Path, ancestor: Path) -> None:
+    change, words = REFUSED[what]
+    change(folder)
+    with pytest.raises(ValueError, match=words):
+        validate_descendant(folder, ancestor)
+
+
+def test_what_a_library_writes_of_an_older_ancestor_is_its_own(tmp_path: Path, folder: Path) -> None:
+    """Merges as lines, padding, indentation and the fields that say how a file was made are not the tokenizer."""
+    path = folder / "tokenizer.json"
+    fields = json.loads(path.read_text())
+    fields["model"]["merges"] = [" ".join(pair) for pair in fields["model"]["merges"]]
+    fields["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    path.write_text(json.dumps(fields))
+    says("tokenizer_config.json", name_or_path="/somewhere")(folder)
+    save_model(open_model(folder), open_tokenizer(folder), tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "tokenizer.json").read_text()) != fields
+    validate_descendant(tmp_path / "again", folder)
+    validate_descendant(shutil.copytree(folder, tmp_path / "copied"), folder)
