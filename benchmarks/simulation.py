@@ -168,7 +168,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         memory = " | ".join(f"{row[name] / 2**20:,.0f}" for name in ("server_bytes", "all_bytes", "step_bytes"))
         lines.append(
-            f"| {row['devices']} | {memory} | {row['up'] / row['devices']:,.0f} | {row['up'] / 1e6:,.1f} | "
+            f"| {row['devices']:,} | {memory} | {row['up'] / row['devices']:,.0f} | {row['up'] / 1e6:,.1f} | "
             f"{row['down']:,} | {row['flops'] / 1e9:.2f} |"
         )
     return "\n".join(lines)
