@@ -51,6 +51,11 @@ def with_nothing_in_rows(folder: Path) -> None:
     file.write_bytes(len(head).to_bytes(8, "little") + head + content[8 + length :])
 
 
+def of_many_tensors(folder: Path) -> None:
+    for number in range(3):
+        (folder / f"{number}.safetensors").write_bytes((2**16).to_bytes(8, "little") + b"{" * 2**16)
+
+
 def long_winded(folder: Path) -> None:
     (folder / "config.json").write_text((folder / "config.json").read_text() + " " * 2**17)
 
@@ -69,6 +74,7 @@ REFUSED = {
     "what cannot be opened": (says("generation_config.json", cache_implementation=7), "config.json is not valid: "),
     "what cannot be shown": (says("config.json", activation_function="\ud800\x1b[2J"), "function is ��"),
     "more than can be meant": (long_winded, "config.json has .* bytes, and cannot need more than"),
+    "more names than it has": (of_many_tensors, "have headers of .* bytes, and cannot need more than"),
     "no JSON": (lambda folder: (folder / "config.json").write_text("{" + "9" * 5000), "config.json is not JSON"),
     "no object": (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "is not a JSON object"),
     "another text": (lambda folder: (folder / "merges.txt").write_text("a b"), "merges.txt is no part of"),
