@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from deepfusion.checkpoints import open_model, open_tokenizer, save_model
 from deepfusion.descendants import validate_descendant
-from pico import pico
+from pico import DENSE, pico
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +102,10 @@ def test_what_a_library_writes_of_an_older_ancestor_is_its_own(tmp_path: Path, f
     assert json.loads((tmp_path / "again" / "tokenizer.json").read_text()) != fields
     validate_descendant(tmp_path / "again", folder)
     validate_descendant(shutil.copytree(folder, tmp_path / "copied"), folder)
+
+
+@pytest.mark.parametrize("model_type", DENSE)
+def test_what_is_saved_of_an_ancestor_of_any_type_is_its_descendant(model_type: str, tmp_path: Path) -> None:
+    folder = pico(model_type, tmp_path / "ancestor")
+    save_model(open_model(folder, torch.bfloat16), open_tokenizer(folder), tmp_path / "sent")
+    validate_descendant(tmp_path / "sent", folder)
