@@ -292,6 +292,10 @@ HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
         weights(lambda held, name: held.update({name: torch.zeros(3, 32, dtype=torch.int32)})),
         r"c_fc\.lora_A\.weight is torch.int32: save it as float32",
     ),
+    "room for more": (
+        bytes_of(adapters.WEIGHTS, bytes(2**20)),
+        "safetensors has .* bytes, and cannot need more than",
+    ),
     "NaN": (weights(lambda held, name: held[name].fill_(torch.nan)), "c_fc.lora_A.weight holds NaN"),
     "huge": (
         weights(lambda held, name: held.update({name: torch.full((3, 32), 1e30)})),

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from deepfusion.checkpoints import open_model, open_tokenizer, save_model
 from deepfusion.descendants import validate_descendant
-from pico import pico
+from pico import DENSE, pico
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,11 @@ def with_nothing_in_rows(folder: Path) -> None:
     file.write_bytes(len(head).to_bytes(8, "little") + head + content[8 + length :])
 
 
+def of_many_tensors(folder: Path) -> None:
+    for number in range(3):
+        (folder / f"{number}.safetensors").write_bytes((2**16).to_bytes(8, "little") + b"{" * 2**16)
+
+
 def long_winded(folder: Path) -> None:
     (folder / "config.json").write_text((folder / "config.json").read_text() + " " * 2**17)
 
@@ -69,6 +75,7 @@ REFUSED = {
     "what cannot be opened": (says("generation_config.json", cache_implementation=7), "config.json is not valid: "),
     "what cannot be shown": (says("config.json", activation_function="\ud800\x1b[2J"), "function is ��"),
     "more than can be meant": (long_winded, "config.json has .* bytes, and cannot need more than"),
+    "more names than it has": (of_many_tensors, "have headers of .* bytes, and cannot need more than"),
     "no JSON": (lambda folder: (folder / "config.json").write_text("{" + "9" * 5000), "config.json is not JSON"),
     "no object": (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "is not a JSON object"),
     "another text": (lambda folder: (folder / "merges.txt").write_text("a b"), "merges.txt is no part of"),
@@ -95,3 +102,10 @@ def test_what_a_library_writes_of_an_older_ancestor_is_its_own(tmp_path: Path, f
     assert json.loads((tmp_path / "again" / "tokenizer.json").read_text()) != fields
     validate_descendant(tmp_path / "again", folder)
     validate_descendant(shutil.copytree(folder, tmp_path / "copied"), folder)
+
+
+@pytest.mark.parametrize("model_type", DENSE)
+def test_what_is_saved_of_an_ancestor_of_any_type_is_its_descendant(model_type: str, tmp_path: Path) -> None:
+    folder = pico(model_type, tmp_path / "ancestor")
+    save_model(open_model(folder, torch.bfloat16), open_tokenizer(folder), tmp_path / "sent")
+    validate_descendant(tmp_path / "sent", folder)

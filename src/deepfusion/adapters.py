@@ -30,6 +30,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # peft's, before the name of a module
 _LARGEST = float(torch.finfo(torch.float16).max)  # no sound adapter adds as much to a weight
 _LONGEST_CONFIG = 2**20  # bytes
+_ENTRY = 2**12  # bytes in a file's header: more than a tensor, or what else it says, needs
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,9 @@ def validate(folder: Path, ancestor: Path, lora: LoRA) -> None:
     found, file = sites(skeleton(open_config(ancestor)), lora), folder / WEIGHTS
     _check_description(folder / CONFIG, _description(found, lora))
     expected = shapes(ancestor, lora)
+    most = sum(4 * math.prod(shape) for shape in expected.values()) + _ENTRY * (1 + len(expected))
+    if file.is_file() and (size := file.stat().st_size) > most:
+        raise ValueError(f"{file} has {size} bytes, and cannot need more than {most}")
     for name, one in stored_in(file).items():
         if name not in expected:
             raise ValueError(f"{file}: tensor {name} belongs to no matrix that was to be adapted")

@@ -26,7 +26,7 @@ from deepfusion.checkpoints import (
     validate,
 )
 from deepfusion.errors import one_line
-from deepfusion.weights import INDEX, stored
+from deepfusion.weights import INDEX, header_length, stored
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 # Fields that say how a file was made or opened, and change nothing: by the file's name.
@@ -49,6 +49,7 @@ def validate_descendant(folder: Path, ancestor: Path) -> None:
     with TemporaryDirectory() as again:
         _saved_again(ancestor, Path(again))
         _check_beside_weights(folder, [ancestor, Path(again)], _fields_of(open_config(ancestor)))
+    _check_headers(folder, ancestor)
     validate(folder)
     said, known = (_architecture(open_config(one)) for one in (folder, ancestor))
     for field in sorted({*said, *known}):
@@ -98,6 +99,13 @@ def _check_beside_weights(folder: Path, known: list[Path], config: dict[str, Any
                     _check_field(path, field, value, [one.get(field) for one in theirs])
         elif path.read_bytes() not in [one.read_bytes() for one in others]:
             raise ValueError(f"{path} is not its ancestor's")
+
+
+def _check_headers(folder: Path, ancestor: Path) -> None:
+    """Of many files, each may have a header that fits in memory, and all of them not."""
+    here, there = (sum(map(header_length, one.glob("*.safetensors"))) for one in (folder, ancestor))
+    if here > (most := _LONGER * there + _SLACK):
+        raise ValueError(f"{folder}: its files have headers of {here} bytes, and cannot need more than {most}")
 
 
 def _check_field(path: Path, field: str, value: Any, known: list[Any]) -> None:

@@ -205,6 +205,12 @@ def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         yield name, one.read()
 
 
+def header_length(file: Path) -> int:
+    """Bytes that a file says its header has."""
+    with file.open("rb") as stream:
+        return int.from_bytes(stream.read(8), "little")
+
+
 def _header(file: Path) -> dict[str, Any]:
     """What a file that the library has found sound says of each tensor, and where the tensor's bytes `start`."""
     with file.open("rb") as stream:
@@ -226,9 +232,8 @@ def _once(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 @contextmanager
 def _opened(file: Path) -> Generator[Any]:
     try:
-        with file.open("rb") as stream:
-            if (length := int.from_bytes(stream.read(8), "little")) > MOST_HEADER:
-                raise ValueError(f"{file} has a header of {length} bytes, and may have {MOST_HEADER}")
+        if (length := header_length(file)) > MOST_HEADER:
+            raise ValueError(f"{file} has a header of {length} bytes, and may have {MOST_HEADER}")
         with safe_open(file, framework="pt") as stream:
             if long := next((name for name in stream.keys() if len(name) > MOST_NAME), ""):  # noqa: SIM118 (no mapping)
                 raise ValueError(f"{file} has a tensor whose name has {len(long)} characters: {long[:40]!r}…")
