@@ -126,6 +126,10 @@ def sources(recipe: Recipe) -> list[TextSource]:
             "device: codec.delta is what changed in the ancestor, which an adapter is already: leave it out",
         ),
         (
+            "device={upload: adapter, own: {tablet: {lora: {rank: 2}}}}",
+            "device: upload: adapter needs method: lora or qlora, for full training has no adapter to send",
+        ),
+        (
             "device.own={tablet: {upload: adapter}}",
             "device: own.tablet: upload: adapter needs method: lora or qlora, for full training has no adapter to send",
         ),

@@ -34,6 +34,19 @@ def says(name: str, **fields: Any) -> Callable[[Path], object]:
     return change
 
 
+def panicking(folder: Path) -> None:
+    """The library makes a normalizer of the first, at which it panics; Python's JSON reads the last alone."""
+    path = folder / "tokenizer.json"
+    bad = '{"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, '
+    path.write_text(bad + path.read_text().lstrip().removeprefix("{"))
+
+
+def test_a_panic_of_the_tokenizers_library_is_an_error(folder: Path) -> None:
+    panicking(folder)
+    with pytest.raises(ValueError, match=r"has no usable tokenizer"):
+        open_tokenizer(folder)
+
+
 def numbered(folder: Path) -> None:
     path = folder / "tokenizer.json"
     fields = json.loads(path.read_text())
@@ -76,6 +89,7 @@ REFUSED = {
     "what cannot be shown": (says("config.json", activation_function="\ud800\x1b[2J"), "function is ��"),
     "more than can be meant": (long_winded, "config.json has .* bytes, and cannot need more than"),
     "more names than it has": (of_many_tensors, "have headers of .* bytes, and cannot need more than"),
+    "a key twice": (panicking, "'normalizer' stands in it twice"),
     "no JSON": (lambda folder: (folder / "config.json").write_text("{" + "9" * 5000), "config.json is not JSON"),
     "no object": (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "is not a JSON object"),
     "another text": (lambda folder: (folder / "merges.txt").write_text("a b"), "merges.txt is no part of"),

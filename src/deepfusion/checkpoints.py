@@ -171,7 +171,9 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     try:
         with quiet():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare exceptions over broken files
+    except BaseException as error:  # the tokenizers library raises bare exceptions over broken files, or panics,
+        if isinstance(error, KeyboardInterrupt | SystemExit):  # which is no Exception
+            raise
         raise ValueError(
             f"{folder} has no usable tokenizer (tokenizer.json, tokenizer_config.json): {' '.join(str(error).split())}"
         ) from error

@@ -7,6 +7,7 @@ anything of it: a number in it can be how many layers, labels or tokens are made
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,7 +27,7 @@ from deepfusion.checkpoints import (
     validate,
 )
 from deepfusion.errors import one_line
-from deepfusion.weights import INDEX, header_length, stored
+from deepfusion.weights import INDEX, header_length, once, stored
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 # Fields that say how a file was made or opened, and change nothing: by the file's name.
@@ -127,7 +128,7 @@ def _check_generation(folder: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        fields: Any = json.loads(path.read_text(encoding="utf-8"))
+        fields: Any = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=partial(once, path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(fields, dict):

@@ -215,17 +215,20 @@ def _header(file: Path) -> dict[str, Any]:
     """What a file that the library has found sound says of each tensor, and where the tensor's bytes `start`."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        entries: dict[str, Any] = json.loads(stream.read(length), object_pairs_hook=partial(_once, file))
+        entries: dict[str, Any] = json.loads(stream.read(length), object_pairs_hook=partial(once, file))
     entries.pop("__metadata__", None)
     return {name: entry | {"start": 8 + length + entry["data_offsets"][0]} for name, entry in entries.items()}
 
 
-def _once(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object none of whose keys comes twice."""
+def once(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object none of whose keys comes twice, for `object_pairs_hook`.
+
+    Of two, Python reads the last, and libraries in other languages the first, or both.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{file}: its header has {next(n for n in names if names.count(n) > 1)[:200]!r} twice")
+        raise ValueError(f"{file}: {next(n for n in names if names.count(n) > 1)[:200]!r} stands in it twice")
     return found
 
 

@@ -160,6 +160,57 @@ def test_a_device_that_fails_again_and_again_is_left_out_with_its_reason(project
     assert net.kinds[before:] == [messages.ORDER]  # whoever has mended it finds the door open
 
 
+def test_an_upload_that_was_whole_when_the_server_was_killed_is_decided_by_the_next(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = Net(lambda *_: None, {}, [])
+    collector = collecting(net, project)
+    net.answer = device(project, sent(tmp_path / "made"), collector.orders["north"].digest)
+
+    def killed(device: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(collector.inbox, "settle", killed)
+    with pytest.raises(KeyboardInterrupt):
+        steps(collector, range(5))
+    again = collecting(Net(lambda *_: None, {}, []), project)
+    again.net.nodes.clear()  # type: ignore[attr-defined]
+    clock = iter(range(10))
+    again.collect(5, now=lambda: float(next(clock)), rest=0)
+    assert list(again.received().uploads) == ["north"]
+
+
+def test_a_device_whose_answers_are_all_lost_is_asked_ever_later_and_given_up(project: Project, tmp_path: Path) -> None:
+    said: list[str] = []
+    net = Net(lambda *_: None, {}, [])
+    collector = collecting(net, project)
+    collector.say = said.append
+    forged = "gone\ndeepfusion: error: \x1b[2Jall is lost"
+
+    class Broken(Net):
+        def pull_messages(self, names: Iterable[str]) -> list[Any]:
+            error = SimpleNamespace(reason=forged)
+            return [SimpleNamespace(has_error=lambda: True, error=error)] if super().pull_messages(names) else []
+
+    broken = Broken(device(project, sent(tmp_path / "made"), collector.orders["north"].digest), {}, [])
+    collector.net = broken
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(messages, "size", lambda message: 1)
+        steps(collector, range(20))
+    assert broken.kinds == [messages.ORDER] * CONFIG.attempts
+    assert said[0] == "north: lost on the way (gone deepfusion: error: �[2Jall is lost)"
+    assert collector.talks["north"].given_up
+
+
+def test_what_comes_between_begins_the_count_of_losses_anew(project: Project, tmp_path: Path) -> None:
+    net = Net(lambda *_: None, {}, [])
+    collector = collecting(net, project)
+    net.answer = device(project, sent(tmp_path / "made"), collector.orders["north"].digest)
+    collector.talks["north"].losses = CONFIG.attempts - 1
+    steps(collector, range(2))
+    assert collector.talks["north"].losses == 0
+
+
 def stood(**states: str) -> dict[str, Standing]:
     return {device: Standing(*state.split("|")) for device, state in states.items()}  # pyright: ignore
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deepfusion import adapters
+from deepfusion import adapters, checkpoints
 from deepfusion.artifacts import Checkpoint, Intake, Upload
 from deepfusion.checkpoints import as_checkpoint, open_model
 from deepfusion.config import LoRA
@@ -55,6 +56,19 @@ def made(root: Path, checkpoint: Path, device: str) -> Upload:
 
 def changed(upload: Upload, **fields: Any) -> Upload:
     return upload.model_copy(update=fields)
+
+
+def test_a_fault_of_this_machine_is_not_the_devices(
+    fleet: list[Upload], into: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "validate", full)
+    with pytest.raises(OSError, match="No space left"):
+        admit(fleet, into)
+    with pytest.raises(OSError, match="No space left"):
+        inspect(fleet[0], embedding_bytes=8, ancestors={}, scratch=into / "scratch")
 
 
 def admit(uploads: list[Upload], into: Path, failures: dict[str, str] | None = None) -> Intake:

@@ -105,20 +105,20 @@ class DevicePhase(Section):
     """Device → how it trains and sends otherwise than the others: a tablet adapters, a server whole models."""
 
     @model_validator(mode="after")
+    def _an_adapter_to_send(self) -> Self:
+        if self.upload == "adapter" and self.method == "full":
+            raise ValueError("upload: adapter needs method: lora or qlora, for full training has no adapter to send")
+        if self.upload == "adapter" and self.codec is not None and self.codec.delta:
+            raise ValueError("codec.delta is what changed in the ancestor, which an adapter is already: leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _everyone_has_a_way(self) -> Self:
         for device in self.own:
             try:
                 self.of(device)
             except ValidationError as fault:
                 raise ValueError(f"own.{device}: {explain(fault, type(self))}") from None
-        return self
-
-    @model_validator(mode="after")
-    def _an_adapter_to_send(self) -> Self:
-        if self.upload == "adapter" and self.method == "full":
-            raise ValueError("upload: adapter needs method: lora or qlora, for full training has no adapter to send")
-        if self.upload == "adapter" and self.codec is not None and self.codec.delta:
-            raise ValueError("codec.delta is what changed in the ancestor, which an adapter is already: leave it out")
         return self
 
     def of(self, device: str) -> DevicePhase:
@@ -144,7 +144,7 @@ class DevicePhase(Section):
     @property
     def ways(self) -> list[DevicePhase]:
         """The fleet's way, and each that differs from it."""
-        return [self.of(""), *(self.of(device) for device in self.own)]
+        return [self.model_copy(update={"own": {}}), *(self.of(device) for device in self.own)]
 
     @property
     def sent(self) -> Sent:

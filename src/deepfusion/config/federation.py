@@ -29,8 +29,9 @@ class Federation(Section):
     patience_s: float = Field(default=300.0, gt=0)
     """Seconds without an answer after which a piece is asked for again."""
     attempts: int = Field(default=5, ge=1)
-    """How often one device may break off, fail to train or send bytes that are not those it announced, until it is
-    given up; when uploads are collected again, it has as many attempts again."""
+    """How often one device may fail to train or send bytes that are not those it announced, or break off without
+    anything having come in between, until it is given up; when uploads are collected again, it has as many attempts
+    again."""
 
     @model_validator(mode="after")
     def _enough_devices_with_names(self) -> Self:

@@ -300,7 +300,7 @@ def _federated(of: Extent, name: str) -> Iterator[Task]:
     task = _training(
         of, f"{short}_device", base, device.training, tokens, own + public, steps=rounds * devices, own=False
     )  # fmt: skip
-    yield _sent(task, of.base, device.of(""))  # as most do
+    yield _sent(task, of.base, device.ways[0])  # as most do
     whole = base.parameters * size_of(of.sent)
     if parts := sum(device.of(one).sends != "model" for one in of.text.private):
         yield Task(f"{short}_materialise", rounds * parts, shape=base, disk=whole, own=False)

@@ -135,7 +135,7 @@ class Inbox:
         upload = manifest.upload(folder).sealed()
         try:
             self.check(upload)
-        except (ValueError, OSError) as fault:
+        except ValueError as fault:  # and no OSError: a full disk of the server's is no fault of the device
             self._forget(device)
             return self.decide(Verdict(device=device, state="rejected", reason=str(fault), digest=wanted.digest))
         target = self._accepted(device)

@@ -79,7 +79,6 @@ def init(root: Path, recipe: Recipe, tree: dict[str, object], hosts: Iterable[st
     project, names = Project(root), list(hosts)
     for folder in (project.keys, root / "server", root / "app" / "deepfusion_app"):
         folder.mkdir(parents=True)
-    project.recipe.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
     (root / ".gitignore").write_text("*\n", encoding="utf-8")
     authority = _certificates(root / "server", list(dict.fromkeys([*names, *HERE])))
     for name in recipe.federation.devices:
@@ -104,6 +103,8 @@ def init(root: Path, recipe: Recipe, tree: dict[str, object], hosts: Iterable[st
     for side, of in (("client", "device"), ("server", "server")):
         code = f'"""The {side} side."""\n\nfrom deepfusion.federation.{of} import app\n\n__all__ = ["app"]\n'
         (root / "app" / "deepfusion_app" / f"{side}.py").write_text(code, encoding="utf-8")
+    # Last: a folder with a recipe has all the rest.
+    project.recipe.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return project
 
 

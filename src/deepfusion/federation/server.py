@@ -23,7 +23,7 @@ from deepfusion.artifacts import Upload
 from deepfusion.config import Federation, Recipe, Runtime
 from deepfusion.display import duration
 from deepfusion.engine import Watcher
-from deepfusion.errors import InputError
+from deepfusion.errors import InputError, one_line
 from deepfusion.federation import messages
 from deepfusion.federation.inbox import Inbox, started
 from deepfusion.federation.messages import ORDER, PIECE, VERDICT, Order, Reply
@@ -75,6 +75,7 @@ class Talk:
     sent: Sent | None = None
     told: bool = False
     troubles: list[str] = field(default_factory=list[str])
+    losses: int = 0  # messages lost on the way since the last that brought something
     not_before: float = 0.0
     here: bool = False
     seen: bool = False  # since this server began to collect
@@ -161,6 +162,7 @@ class Collector:
 
     def collect(self, deadline: float, now: Callable[[], float] = time.time, rest: float = POLL_S) -> None:
         """Until every device is decided about, or there is a quorum and the others had their time, or the deadline."""
+        self.settle()
         enough_since: float | None = None
         news = News(self.say)
         while True:
@@ -176,6 +178,13 @@ class Collector:
             end = deadline if enough_since is None else min(deadline, enough_since + self.config.grace_s)
             news.tell(self.standing(), now(), end, quorum=enough_since is not None)
             time.sleep(rest)
+
+    def settle(self) -> None:
+        """Decide about uploads that were whole when a server was killed, before it had decided."""
+        for device, talk in self.talks.items():
+            wanted = self.inbox.wanted(device)
+            if wanted is not None and wanted.offset == wanted.size and not self._decided(talk):
+                self._settle(device)
 
     def tell(self, seconds: float, now: Callable[[], float] = time.time, rest: float = POLL_S) -> None:
         """Tell the devices that are there what became of their uploads, for a while."""
@@ -254,7 +263,8 @@ class Collector:
     def _take(self, talk: Talk, sent: Sent, message: Message, now: float) -> None:
         device = talk.device
         if message.has_error():
-            self.say(f"{device}: lost on the way ({message.error.reason}); it is asked again")
+            talk.losses += 1
+            self._put_off(talk, f"lost on the way ({one_line(message.error.reason, 200)})", talk.losses, now)
             return
         try:
             reply = Reply.read(message)
@@ -264,6 +274,7 @@ class Collector:
                 self._trouble(talk, reply.failed, now)
             else:
                 self._keep(device, reply)
+                talk.losses = 0
         except ValueError as fault:
             self._trouble(talk, str(fault), now)
 
@@ -279,18 +290,26 @@ class Collector:
         if before is not None and wanted.digest == before.digest and wanted.offset == before.offset:
             raise ValueError("it answers without the bytes that it was asked for")
         self.say(f"{device}: {wanted.offset:,} of {wanted.size:,} bytes")
-        if wanted.offset == wanted.size:
-            if (verdict := self.inbox.settle(device)) is None:
-                raise ValueError("its bytes are not those that it announced")
+        if wanted.offset == wanted.size and not self._settle(device):
+            raise ValueError("its bytes are not those that it announced")
+
+    def _settle(self, device: str) -> bool:
+        """Decide about a whole upload; false: its bytes are not those that were announced, and are asked for again."""
+        if verdict := self.inbox.settle(device):
             self.say(f"{device}: {verdict.state}{': ' * bool(verdict.reason)}{verdict.reason}")
+        return verdict is not None
 
     def _trouble(self, talk: Talk, reason: str, now: float) -> None:
         talk.troubles.append(reason)
+        self._put_off(talk, reason, len(talk.troubles), now)
+
+    def _put_off(self, talk: Talk, reason: str, times: int, now: float) -> None:
+        """Ask a device again later, the later the more often something went wrong; too often: not again."""
         self.say(f"{talk.device}: {reason}")
-        if len(talk.troubles) >= self.config.attempts:
+        if times >= self.config.attempts:
             talk.given_up = True
             self.say(f"{talk.device} is given up after {self.config.attempts} attempts: mend it, and collect again")
-        talk.not_before = now + min(self.config.patience_s, 2.0 ** len(talk.troubles))
+        talk.not_before = now + min(self.config.patience_s, 2.0**times)
 
     def _say_next(self, talk: Talk, node: Any, now: float) -> bool:
         """Say the next thing to a device; false: the net takes no more for now."""

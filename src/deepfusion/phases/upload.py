@@ -6,6 +6,7 @@ an adapter added to its ancestor's weights, once, so that all that follows deals
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ SUFFIXES = {".safetensors", ".json", ".jinja", ".txt", ".model"}  # of the files
 FARTHEST = 100.0  # from its ancestor, relative to that: what no training does
 FARTHER = 10.0  # than the median of an ancestor's descendants, of which there are
 COHORT = 4  # or more
+OURS = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)  # faults of this machine
 SCRATCH = ".unpacked"  # for what is unpacked on the way: never part of an artifact
 
 
@@ -56,6 +58,7 @@ def receive(
 
     Raises:
         ValueError: nothing was accepted; lists the reasons.
+        OSError: this machine has no room, or too many files open, to look at an upload.
     """
     arrivals = Counter(upload.device for upload in uploads)
     rejected = {device: f"device {device} never arrived: {failures[device]}" for device in sorted(failures)}
@@ -68,6 +71,7 @@ def receive(
             try:
                 accepted[upload.device] = door.inspect(upload, arrivals[upload.device])
             except (ValueError, OSError) as fault:
+                _refuse_ours(fault)
                 rejected[upload.device] = _reason(upload, fault, into / SCRATCH)
         ticker.advance(1)
     noted = {name: {d: far for d, far in those.items() if d in accepted} for name, those in door.distances.items()}
@@ -95,11 +99,13 @@ def inspect(
 
     Raises:
         ValueError: what is wrong with it; names the device and no folder of this machine.
+        OSError: this machine has no room, or too many files open, to look at it.
     """
     try:
         sent = Sent(lora=lora, codec=codec)
         _Door(embedding_bytes, ancestors, sent, own or {}, scratch, {}, {}).inspect(upload, arrivals=1)
     except (ValueError, OSError) as fault:
+        _refuse_ours(fault)
         raise ValueError(_reason(upload, fault, scratch)) from None
 
 
@@ -237,6 +243,12 @@ class _Door:
             self.contents[key] = codecs.Contents.of(ancestor.folder, codec, sent.lora)
         found = codecs.check(upload.sent, self.contents[key], ancestor.folder, sent.lora, scratch=self.scratch)
         self._note(upload, found)
+
+
+def _refuse_ours(fault: Exception) -> None:
+    """Raise what went wrong if it is this machine's own fault, and not the upload's."""
+    if isinstance(fault, OSError) and fault.errno in OURS:
+        raise fault
 
 
 def _files(folder: Path) -> list[Path]:
