@@ -133,7 +133,7 @@ def harm_tensors(content: bytes, draws: Draws) -> bytes:
         return harm_bytes(content, draws)
     if action == 1:
         wrong = draws.one((0, 1, length - 1, length + 1, 2**24 + 1, 2**27, 2**40, 2**63, 2**64 - 1))
-        return wrong.to_bytes(8, "little") + head + body
+        return (wrong % 2**64).to_bytes(8, "little") + head + body
     if action == 2:  # values: what is not finite, and what is very large
         at = draws.below(max(1, len(body) // 4)) * 4
         return content[: 8 + length] + body[:at] + draws.one(_NUMBERS) + body[at + 4 :]
