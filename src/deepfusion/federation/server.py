@@ -264,7 +264,7 @@ class Collector:
         device = talk.device
         if message.has_error():
             talk.losses += 1
-            self._put_off(talk, f"lost on the way ({one_line(message.error.reason, 200)})", talk.losses, now)
+            self._put_off(talk, f"lost on the way ({one_line(str(message.error.reason), 200)})", talk.losses, now)
             return
         try:
             reply = Reply.read(message)
