@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "deepfusion"
 
 # From the bottom up: a module imports from its own layer and those below. A package's name covers its modules.
 LAYERS = (
-    ("errors", "artifacts", "config", "progress", "memory", "data.documents"),
+    ("errors", "files", "artifacts", "config", "progress", "memory", "data.documents"),
     (
         "losses",
         "alignment",

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from deepfusion.checkpoints import TRAINABLE, open_config, write_descendant
 from deepfusion.config import LoRA
 from deepfusion.families import family, skeleton
+from deepfusion.files import read_object
 from deepfusion.weights import Part, Stored, blocks, stored, stored_in
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -237,12 +238,7 @@ def _check_description(path: Path, expected: dict[str, Any]) -> None:
         raise ValueError(f"{path} is missing")
     if path.stat().st_size > _LONGEST_CONFIG:
         raise ValueError(f"{path} has more than {_LONGEST_CONFIG} bytes")
-    try:
-        said: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # also of a number with thousands of digits
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(said, dict):
-        raise ValueError(f"{path} is not a JSON object")
+    said = read_object(path)
     for field in sorted({*said, *expected} - {"peft_version"}):
         here, there = said.get(field) or None, expected.get(field) or None
         if here != there:

@@ -27,6 +27,7 @@ from transformers.utils.import_utils import is_bitsandbytes_available
 from deepfusion.artifacts import MANIFEST, RECORD, Checkpoint, Work
 from deepfusion.families import family, skeleton
 from deepfusion.families.make import END, make_model, make_tokenizer
+from deepfusion.files import read_object
 from deepfusion.weights import INDEX, Part, Stored, digest, index, shapes, stored, tensors, write
 
 __all__ = [
@@ -78,13 +79,9 @@ def open_config(folder: Path) -> PreTrainedConfig:
     """
     path = folder / "config.json"
     try:
-        fields: Any = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_object(path)
     except FileNotFoundError:
         raise ValueError(f"{folder} is not a checkpoint: it has no config.json") from None
-    except (ValueError, RecursionError) as error:  # also of a number with thousands of digits
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} is not a JSON object")
     family(str(fields.get("model_type")), folder)
     try:
         with quiet():

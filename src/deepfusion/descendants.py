@@ -7,7 +7,6 @@ anything of it: a number in it can be how many layers, labels or tokens are made
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,7 +26,8 @@ from deepfusion.checkpoints import (
     validate,
 )
 from deepfusion.errors import one_line
-from deepfusion.weights import INDEX, header_length, once, stored
+from deepfusion.files import read_object
+from deepfusion.weights import INDEX, header_length, stored
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 # Fields that say how a file was made or opened, and change nothing: by the file's name.
@@ -94,8 +94,8 @@ def _check_beside_weights(folder: Path, known: list[Path], config: dict[str, Any
         if name == GENERATION:
             _check_generation(folder)
         elif path.suffix == ".json":
-            theirs = [_read(one) for one in others] + ([config] if name == CONFIG else [])
-            for field, value in sorted(_read(path).items()):
+            theirs = [read_object(one) for one in others] + ([config] if name == CONFIG else [])
+            for field, value in sorted(read_object(path, strict=True).items()):
                 if field not in _IDLE.get(name, ()):
                     _check_field(path, field, value, [one.get(field) for one in theirs])
         elif path.read_bytes() not in [one.read_bytes() for one in others]:
@@ -124,16 +124,6 @@ def _check_generation(folder: Path) -> None:
             GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many kinds of error over fields from elsewhere
         raise ValueError(f"{folder / GENERATION} is not valid: {one_line(str(error))}") from None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        fields: Any = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=partial(once, path))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return fields
 
 
 def _architecture(config: PreTrainedConfig) -> dict[str, Any]:

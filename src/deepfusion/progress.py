@@ -6,6 +6,8 @@ import json
 import time
 from pathlib import Path
 
+from deepfusion.files import write_whole
+
 PROGRESS = ".progress.json"
 
 
@@ -32,6 +34,4 @@ class Ticker:
             "started_at": self._started_at,
             "done_at_start": self._first,
         }
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(facts))
-        temporary.replace(self._path)
+        write_whole(self._path, json.dumps(facts))

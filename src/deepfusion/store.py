@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel
 
 from deepfusion.artifacts import MANIFEST, RECORD, Artifact, folder_digest
+from deepfusion.files import write_whole
 from deepfusion.memory import Training
 
 A = TypeVar("A", bound=Artifact)
@@ -146,9 +147,7 @@ class Store:
             "training": facts.training and asdict(facts.training),
             "precision": facts.precision,
         }
-        temporary = partial / (MANIFEST + ".tmp")
-        temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        temporary.replace(partial / MANIFEST)
+        write_whole(partial / MANIFEST, json.dumps(manifest, indent=1))
         partial.rename(folder)
         return artifact
 

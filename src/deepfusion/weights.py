@@ -23,6 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from deepfusion.files import once, write_whole
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 2**30
 BLOCK = 2**18  # elements that are worked on at a time: in float32 they fit into a core's cache, four times as fast
@@ -220,18 +222,6 @@ def _header(file: Path) -> dict[str, Any]:
     return {name: entry | {"start": 8 + length + entry["data_offsets"][0]} for name, entry in entries.items()}
 
 
-def once(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object none of whose keys comes twice, for `object_pairs_hook`.
-
-    Of two, Python reads the last, and libraries in other languages the first, or both.
-    """
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{file}: {next(n for n in names if names.count(n) > 1)[:200]!r} stands in it twice")
-    return found
-
-
 @contextmanager
 def _opened(file: Path) -> Generator[Any]:
     try:
@@ -333,9 +323,7 @@ def write(
         places = {part.name: name for name, shard in files.items() for part in shard}
         total = sum(part.nbytes for part in parts)
         contents = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        temporary = folder / (INDEX + ".tmp")
-        temporary.write_text(json.dumps(contents, indent=1, sort_keys=True), encoding="utf-8")
-        temporary.replace(folder / INDEX)
+        write_whole(folder / INDEX, json.dumps(contents, indent=1, sort_keys=True))
 
 
 def header(parts: Iterable[Part], metadata: Mapping[str, str] = METADATA) -> bytes:

@@ -149,7 +149,7 @@ def test_killed_while_an_upload_is_forgotten(
 
 
 def test_a_start_that_was_not_written_whole_does_not_count(tmp_path: Path) -> None:
-    (tmp_path / "started.tmp").write_text("17640")
+    (tmp_path / "started.json.tmp").write_text("17640")
     assert started(tmp_path, 9.0) == 9.0
 
 

@@ -28,6 +28,7 @@ from deepfusion.errors import InputError
 from deepfusion.federation import messages
 from deepfusion.federation.manifest import Manifest, digest, private_key, sign
 from deepfusion.federation.messages import Announcement, Order, Piece
+from deepfusion.files import write_whole
 from deepfusion.steps import STEPS
 from deepfusion.store import Store
 
@@ -121,10 +122,8 @@ class Device:
         known = digest(content)
         note = self._outbox(known)
         note.parent.mkdir(parents=True, exist_ok=True)
-        temporary = note.with_suffix(".tmp")
         where = {"folder": str(upload.folder.relative_to(self.store)), "manifest": json.loads(content)}
-        temporary.write_text(json.dumps(where), encoding="utf-8")
-        temporary.replace(note)
+        write_whole(note, json.dumps(where))
         first = self.piece(known, 0, order.piece_bytes)
         return Announcement(content, sign(content, Path(self.file.key))), first
 
@@ -277,7 +276,7 @@ def verdict(message: Message, context: Context) -> Message:
     def act(device: Device) -> tuple[None, None]:
         state, reason = messages.read_verdict(message)
         device.store.mkdir(parents=True, exist_ok=True)
-        (device.store / "verdict.json").write_text(json.dumps({"state": state, "reason": reason}, indent=1))
+        write_whole(device.store / "verdict.json", json.dumps({"state": state, "reason": reason}, indent=1))
         print(f"deepfusion: {device.file.name} is {state}{': ' * bool(reason)}{reason}", flush=True)
         return None, None
 

@@ -17,8 +17,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from deepfusion.artifacts import RECORD, Upload, Wire, file_digest
+from deepfusion.artifacts import Upload, Wire, file_digest
 from deepfusion.federation.manifest import Entry, Manifest, digest, verify
+from deepfusion.files import write_whole
 
 _MANIFEST, _SIGNATURE = ".manifest.json", ".signature"  # hidden: no part of an artifact
 
@@ -214,11 +215,5 @@ def started(root: Path, now: float) -> float:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file whole, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-__all__ = ["RECORD", "Inbox", "Verdict", "Wanted", "started"]
+    write_whole(path, text)
