@@ -79,7 +79,7 @@ def fitted(recipe: Recipe, accelerator: str) -> tuple[Recipe, list[str], list[st
     tree = recipe.model_dump(mode="json")
     widened: list[str] = []
     slow: list[str] = []
-    for key, section, frozen in _trainings(tree, adapts=all(way.method != "full" for way in recipe.device.ways)):
+    for key, section, frozen in _trainings(tree, adapts=recipe.device.adapts):
         if section["dtype"] == "bfloat16" and not frozen:
             slow.append(f"{key}.dtype")
             continue

@@ -102,10 +102,5 @@ def simulate(
 
 def _read(recipe: str, overrides: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:
     """A recipe, and how it is written down."""
-    file, at = tree.locate(recipe)
-    fields = tree.read(file)
-    tree.resolve_paths(fields, at)
-    for setting in overrides:
-        tree.override(fields, setting)
-    tree.resolve_paths(fields, Path())
+    fields = tree.chosen(recipe, overrides)
     return Recipe.parse(fields, origin=recipe), fields

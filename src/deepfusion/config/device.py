@@ -147,6 +147,11 @@ class DevicePhase(Section):
         return [self.model_copy(update={"own": {}}), *(self.of(device) for device in self.own)]
 
     @property
+    def adapts(self) -> bool:
+        """Whether all devices train adapters alone."""
+        return all(way.method != "full" for way in self.ways)
+
+    @property
     def sent(self) -> Sent:
         """What the server is to expect of a device that does as all do."""
         return Sent(lora=self.lora if self.upload == "adapter" else None, codec=self.codec)

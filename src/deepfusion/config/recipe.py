@@ -128,13 +128,7 @@ class Recipe(Section):
         Raises:
             InputError: one line that names the file and the field at fault.
         """
-        file, folder = trees.locate(path)
-        tree = trees.read(file)
-        trees.resolve_paths(tree, folder)
-        for setting in overrides:
-            trees.override(tree, setting)
-        trees.resolve_paths(tree, Path())
-        return cls.parse(tree, origin=str(path))
+        return cls.parse(trees.chosen(path, overrides), origin=str(path))
 
     @classmethod
     def parse(cls, tree: dict[str, Any], origin: str = "recipe") -> Recipe:

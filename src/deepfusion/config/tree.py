@@ -60,6 +60,22 @@ def read(path: Path, kind: str = "recipe") -> Tree:
     return _unshared(tree)
 
 
+def chosen(name: str | Path, overrides: Sequence[str] = ()) -> Tree:
+    """A recipe as it is written down, changed as `override` says, with absolute paths: those of the file count from its
+    folder, those of the overrides from the current one.
+
+    Raises:
+        InputError: as `locate`, `read` and `override`.
+    """
+    file, folder = locate(name)
+    tree = read(file)
+    resolve_paths(tree, folder)
+    for setting in overrides:
+        override(tree, setting)
+    resolve_paths(tree, Path())
+    return tree
+
+
 def override(tree: Tree, setting: str) -> None:
     """Apply one `key.subkey=value`, in place; the value is YAML, and a number in the key is a place in a list.
 

@@ -136,7 +136,7 @@ def trainings(starts: Mapping[str, Start], recipe: Recipe) -> Iterator[Check]:
     for section, (phase, trained) in sections.items():
         training = phase.training
         known = [start.key for start in trained if start.folder and start.shape.parameters >= PRETRAINED_PARAMETERS]
-        adapts = section == "device" and all(way.method != "full" for way in recipe.device.ways)
+        adapts = section == "device" and recipe.device.adapts
         most, better = (ADAPTER_RATE, 5e-4) if adapts else (PRETRAINED_RATE, 2e-5 if section == "tune" else 5e-5)
         # With a share of it, the whole is for the controls: they start from the base, and have less to lose.
         share = recipe.distill.joint_rate if section == "distill" else 1.0

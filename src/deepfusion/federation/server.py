@@ -167,16 +167,16 @@ class Collector:
         news = News(self.say)
         while True:
             self.step(now())
-            verdicts = {device: self.inbox.verdict(device) for device in self.orders}
-            states = [verdict.state for verdict in verdicts.values() if verdict]
-            if all(verdict or self.talks[device].given_up for device, verdict in verdicts.items()) or now() >= deadline:
+            standing = self.standing()
+            states = [one.state for one in standing.values()]
+            if not set(states) & set(WAITED_FOR) or now() >= deadline:
                 break
             if states.count("accepted") >= self.config.quorum:
                 enough_since = now() if enough_since is None else enough_since
                 if now() - enough_since >= self.config.grace_s:
                     break
             end = deadline if enough_since is None else min(deadline, enough_since + self.config.grace_s)
-            news.tell(self.standing(), now(), end, quorum=enough_since is not None)
+            news.tell(standing, now(), end, quorum=enough_since is not None)
             time.sleep(rest)
 
     def settle(self) -> None:
