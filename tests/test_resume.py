@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
-import pytest
+import psutil
 
 TESTS = Path(__file__).parent
 RUN = """
@@ -25,8 +26,6 @@ run(recipe("device.epochs=30", "distill.budget_tokens=20000"), sys.argv[2], runt
 KILLS = 10
 PATIENCE = 120.0  # seconds that anything may take on a busy machine
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for orphans in /proc")
-
 
 def launched(out: Path, workers: int = 2) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", RUN, str(TESTS), str(out), str(workers)]
@@ -35,13 +34,10 @@ def launched(out: Path, workers: int = 2) -> subprocess.Popen[bytes]:
 
 def members(group: int) -> Iterator[int]:
     """Processes of a group that are alive: the main process started it, and its workers stayed in it."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, its_group, *_ = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue  # ended while we looked
-        if int(its_group) == group and state != "Z":
-            yield int(stat.parent.name)
+    for process in psutil.process_iter(["status"]):
+        with suppress(OSError):  # ended while we looked, or another user's
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                yield process.pid
 
 
 def until(true: Callable[[], object], seconds: float) -> bool:

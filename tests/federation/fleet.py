@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+import psutil
+
 BIN = Path(sys.executable).parent
 MARK = "DEEPFUSION_TEST_FLEET"  # in the environment of every process of a fleet, also of those that left its group
 PATIENCE = 240.0  # seconds that anything may take on a busy machine
@@ -75,7 +77,8 @@ class Fleet:
         with (self.logs / f"{name}.log").open("ab") as log:
             self.running[name] = subprocess.Popen(
                 [str(BIN / command[0]), *command[1:]], cwd=folder, env=self.environment | environment, stdout=log,
-                stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_the_test,
+                stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
+                preexec_fn=_die_with_the_test if sys.platform == "linux" else None,
             )  # fmt: skip
 
     def call(self, command: list[str], folder: Path, seconds: float = PATIENCE, **environment: str) -> str:
@@ -104,12 +107,10 @@ class Fleet:
 
     def processes(self) -> Iterator[int]:
         """All processes of the fleet that are alive, whatever group they are in."""
-        for environment in Path("/proc").glob("[0-9]*/environ"):
-            with suppress(OSError):
-                if self.mark.encode() in environment.read_bytes():
-                    state = (environment.parent / "stat").read_text().rpartition(")")[2].split()[0]
-                    if state != "Z":
-                        yield int(environment.parent.name)
+        for process in psutil.process_iter(["environ", "status"]):
+            marked = (process.info["environ"] or {}).get(MARK) == self.mark  # None: another user's
+            if marked and process.info["status"] != psutil.STATUS_ZOMBIE:
+                yield process.pid
 
 
 def until(true: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
