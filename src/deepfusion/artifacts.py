@@ -227,7 +227,7 @@ class Wire(BaseModel):
     """Bytes of the messages that a federation's server and one device have sent each other, what came to nothing too.
 
     A message counts as Flower carries it, with its own facts and digests, once; what HTTP, TLS and Flower's own
-    repetitions add is not there.
+    repetitions add is not there, nor is a reply that came when it was no longer waited for.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
