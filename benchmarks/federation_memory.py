@@ -28,13 +28,13 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
+import psutil
 import torch
 import yaml
 
@@ -300,13 +300,11 @@ class Watch:
             self.peak |= now
 
 
-def descendants(root: int) -> Iterator[int]:
+def descendants(root: int) -> list[int]:
     """Processes that one has started, and those that they have."""
-    for path in Path(f"/proc/{root}/task").glob("*/children"):
-        with suppress(OSError):
-            for child in map(int, path.read_text().split()):
-                yield child
-                yield from descendants(child)
+    with suppress(psutil.Error):  # it has ended
+        return [child.pid for child in psutil.Process(root).children(recursive=True)]
+    return []
 
 
 def memory(process: int) -> tuple[Memory, str, int]:

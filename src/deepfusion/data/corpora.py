@@ -195,6 +195,9 @@ def render_prompt(template: str, question: str, context: str | None) -> str:
     return re.sub(r"\{(context|question)\}", lambda match: texts[match[1]], "".join(lines))
 
 
+# ── rows of tables ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def _kept(config: FileData, seed: int, counts: Counter[str]) -> list[Row]:
     """The rows of all sources and of the domains that are asked for; `counts` is told of the others."""
     prompt_parts(config.prompt)
