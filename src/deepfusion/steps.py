@@ -35,7 +35,7 @@ STEPS: dict[str, tuple[str, type[Artifact], int]] = {
     "materialise": ("deepfusion.phases.upload:materialise", Upload, 1),
     "cluster": ("deepfusion.phases.cluster:cluster", Clusters, 1),
     "proxy": ("deepfusion.phases.proxy:average", Proxy, 2),
-    "write": ("deepfusion.phases.transfer:write_cluster", Writing, 5),
+    "write": ("deepfusion.phases.transfer:write_cluster", Writing, 6),
     "transfer": ("deepfusion.phases.transfer:gather", TransferSet, 3),
     "read": ("deepfusion.phases.consult:likelihoods", Likelihoods, 1),
     "agree": ("deepfusion.phases.agree:agree", TransferSet, 1),

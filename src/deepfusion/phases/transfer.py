@@ -7,7 +7,7 @@ own subjects and write text of their own; the probabilities they had while writi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,36 +89,35 @@ def write_cluster(
     work = scoring
     for number, writer in enumerate(writers):
         model, tokenizer = _open(writer.folder, dtype, runtime)
-        generator = torch.Generator(device=model.device).manual_seed(1_000_003 * seed + 1009 * cluster + number)
         signals: dict[str, Signal] = {}
-        jobs = [("answered", question) for question in to_answer[number]] + [("sampled", None)] * share[number]
-        for at in range(0, len(jobs), config.batch):
-            for kind in ("answered", "sampled"):
-                batch = [question for job, question in jobs[at : at + config.batch] if job == kind]
-                if not batch:
+        for first, batch in _batches(to_answer[number], share[number], config.batch):
+            sampled = batch[0] is None
+            # A stream of numbers for every batch, of which each text has its own: where a model has changed in little,
+            # only the texts in which a token falls otherwise change, and the luck of all others stays.
+            stream = np.random.SeedSequence([seed, cluster, number, sampled, first]).generate_state(1, np.uint64)
+            written = write(
+                model,
+                tokenizer,
+                ["" if question is None else question.prompt for question in batch],
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature if sampled else config.answer_temperature,
+                top_k=config.top_k,
+                generator=torch.Generator(device=model.device).manual_seed(int(stream[0] >> np.uint64(1))),
+            )
+            tokens = sum(len(one.signal.ids) for one in written)
+            work += Work(tokens=tokens, forward=float(tokens * writer.active_parameters))
+            for place, (question, one) in enumerate(zip(batch, written, strict=True), first):
+                fault = _fault(one, question, texts, config)
+                kind = "sampled" if question is None else "answered"
+                if fault:
+                    counts[f"dropped {kind}: {fault}"] += 1
                     continue
-                written = write(
-                    model,
-                    tokenizer,
-                    ["" if question is None else question.prompt for question in batch],
-                    max_new_tokens=config.max_new_tokens,
-                    temperature=config.temperature if kind == "sampled" else config.answer_temperature,
-                    top_k=config.top_k,
-                    generator=generator,
-                )
-                tokens = sum(len(one.signal.ids) for one in written)
-                work += Work(tokens=tokens, forward=float(tokens * writer.active_parameters))
-                for question, one in zip(batch, written, strict=True):
-                    fault = _fault(one, question, texts, config)
-                    if fault:
-                        counts[f"dropped {kind}: {fault}"] += 1
-                        continue
-                    texts[one.text] += 1
-                    counts[kind] += 1
-                    document = _document(one, question, writer.name, cluster, clusters, len(signals))
-                    kept.append(document)
-                    signals[document.id] = one.signal
-                ticker.advance(len(batch))
+                texts[one.text] += 1
+                counts[kind] += 1
+                document = _document(one, question, writer.name, cluster, place)
+                kept.append(document)
+                signals[document.id] = one.signal
+            ticker.advance(len(batch))
         if signals:
             ancestor, _ = _open(ancestors[writer.lineage].folder, dtype, runtime)
             signals = with_gain(signals, ancestor, tokenizer, keep_before=keep_before)
@@ -244,6 +243,15 @@ def _who_answers(
     return chosen, work
 
 
+def _batches(questions: Sequence[Document], texts: int, size: int) -> Iterator[tuple[int, Sequence[Document | None]]]:
+    """What a writer is asked for at once, at most `size` of a kind: questions, then so many texts from nothing (None);
+    each with the number, within its kind, of its first.
+    """
+    for jobs in (list(questions), [None] * texts):
+        for first in range(0, len(jobs), size):
+            yield first, jobs[first : first + size]
+
+
 def _shares(tokens: Sequence[int], total: int) -> list[int]:
     """`total` cut in proportion to `tokens`, by largest remainder."""
     if not tokens or not total:
@@ -267,9 +275,7 @@ def _fault(one: Written, question: Document | None, texts: Counter[str], config:
     return None
 
 
-def _document(
-    one: Written, question: Document | None, writer: str, cluster: int, clusters: Clusters, number: int
-) -> TransferDocument:
+def _document(one: Written, question: Document | None, writer: str, cluster: int, number: int) -> TransferDocument:
     if question is None:
         return TransferDocument(
             id=f"{writer}/s{number}", domain=f"cluster-{cluster}", answer=one.text,
