@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from deepfusion.checkpoints import open_model, open_tokenizer, save_model
-from deepfusion.descendants import validate_descendant
+from deepfusion.descendants import Ancestor
 from pico import DENSE, pico
 
 
@@ -101,7 +101,7 @@ def test_what_is_not_the_ancestors_is_refused_before_it_is_used(what: str, folde
     change, words = REFUSED[what]
     change(folder)
     with pytest.raises(ValueError, match=words):
-        validate_descendant(folder, ancestor)
+        Ancestor(ancestor).validate(folder)
 
 
 def test_what_a_library_writes_of_an_older_ancestor_is_its_own(tmp_path: Path, folder: Path) -> None:
@@ -114,12 +114,41 @@ def test_what_a_library_writes_of_an_older_ancestor_is_its_own(tmp_path: Path, f
     says("tokenizer_config.json", name_or_path="/somewhere")(folder)
     save_model(open_model(folder), open_tokenizer(folder), tmp_path / "again")
     assert json.loads((tmp_path / "again" / "tokenizer.json").read_text()) != fields
-    validate_descendant(tmp_path / "again", folder)
-    validate_descendant(shutil.copytree(folder, tmp_path / "copied"), folder)
+    Ancestor(folder).validate(tmp_path / "again")
+    Ancestor(folder).validate(shutil.copytree(folder, tmp_path / "copied"))
 
 
 @pytest.mark.parametrize("model_type", DENSE)
 def test_what_is_saved_of_an_ancestor_of_any_type_is_its_descendant(model_type: str, tmp_path: Path) -> None:
     folder = pico(model_type, tmp_path / "ancestor")
     save_model(open_model(folder, torch.bfloat16), open_tokenizer(folder), tmp_path / "sent")
-    validate_descendant(tmp_path / "sent", folder)
+    Ancestor(folder).validate(tmp_path / "sent")
+
+
+def test_an_ancestors_tokenizer_is_opened_for_the_first_descendant_alone(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+
+    def counted(one: Path) -> Any:
+        opened.append(one)
+        return open_tokenizer(one)
+
+    save_model(open_model(folder), open_tokenizer(folder), tmp_path / "trained")
+    monkeypatch.setattr("deepfusion.descendants.open_tokenizer", counted)
+    ancestor = Ancestor(folder)
+    ancestor.validate(tmp_path / "trained")
+    assert opened == [folder]
+    ancestor.validate(tmp_path / "trained")
+    assert opened == [folder]
+    path = tmp_path / "trained" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=1))  # the same, in other bytes: looked into
+    ancestor.validate(tmp_path / "trained")
+    assert opened.count(tmp_path / "trained") == 1
+
+
+def test_a_tokenizer_that_lacks_a_file_is_opened(tmp_path: Path, folder: Path) -> None:
+    save_model(open_model(folder), open_tokenizer(folder), tmp_path / "trained")
+    (tmp_path / "trained" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="tokenizer"):
+        Ancestor(folder).validate(tmp_path / "trained")

@@ -31,7 +31,7 @@ from deepfusion.config import DevicePhase
 from deepfusion.federation import messages
 from deepfusion.federation.inbox import Inbox, Verdict
 from deepfusion.federation.manifest import Manifest, digest
-from deepfusion.phases.upload import inspect, materialise
+from deepfusion.phases.upload import Door, materialise
 from deepfusion.weights import stored
 from draws import Draws, harm_bytes, harm_json, harm_tensors
 from seeds import DEVICE, EMBEDDING, KINDS, Kind, world
@@ -275,6 +275,12 @@ NAMES = (
 )  # fmt: skip
 
 
+@cache
+def door(name: str) -> Door:
+    """One for all uploads of a kind: what follows from their ancestors is most of the work of an input."""
+    return Door(len(EMBEDDING), world().ancestors, KINDS[name].lora, KINDS[name].codec)
+
+
 def upload(data: bytes) -> None:
     """A faultless upload of any kind with up to three harms, through the inbox and the door."""
     draws, made = Draws(data), world()
@@ -287,10 +293,7 @@ def upload(data: bytes) -> None:
     with scratch() as root:
 
         def check(one: Upload) -> None:
-            inspect(
-                one, embedding_bytes=len(EMBEDDING), ancestors=made.ancestors, lora=kind.lora, codec=kind.codec,
-                scratch=root / "inbox" / "unpacked",
-            )  # fmt: skip
+            door(name).look(one, root / "inbox" / "unpacked")
 
         box = Inbox(root / "inbox", made.root / "keys", check, {DEVICE: MOST})
         verdict = None

@@ -14,7 +14,6 @@ import signal
 import sys
 import time
 import warnings
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,14 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 with atheris.instrument_imports(include=["deepfusion", "draws", "intake"]):
     import intake
-    from deepfusion import adapters, checkpoints, codecs, descendants, families
+    from deepfusion import adapters, checkpoints, families
 
 # libFuzzer's limits are of wall time and of the whole process; a target itself has much narrower ones.
 LIMITS = ("-timeout=1200", "-rss_limit_mb=3072", "-max_len=512", "-len_control=20", "-print_final_stats=1")
 
 
 def remember() -> None:
-    """Make once what follows from an ancestor or a config alone, and is most of the work of every input."""
-    codecs.Contents.of = cache(codecs.Contents.of)
+    """Make once what follows from a config alone, and is most of the work of every input."""
     made: dict[str, Any] = {}
 
     def skeleton(config: Any) -> Any:
@@ -44,7 +42,6 @@ def remember() -> None:
         return made[known]
 
     adapters.skeleton = checkpoints.skeleton = skeleton
-    descendants.trained_shapes = cache(checkpoints.trained_shapes)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from deepfusion.artifacts import Checkpoint, Intake, Upload
 from deepfusion.checkpoints import as_checkpoint, open_model
 from deepfusion.config import LoRA
 from deepfusion.encoders import quantise
-from deepfusion.phases.upload import COHORT, inspect, outliers, receive, upload_bytes
+from deepfusion.phases.upload import COHORT, Door, outliers, receive, upload_bytes
 from pico import pico, pico_checkpoint
 
 EMBEDDING = bytes([1, 2, 3, 4, 5, 6, 7, 8])
@@ -68,7 +68,7 @@ def test_a_fault_of_this_machine_is_not_the_devices(
     with pytest.raises(OSError, match="No space left"):
         admit(fleet, into)
     with pytest.raises(OSError, match="No space left"):
-        inspect(fleet[0], embedding_bytes=8, ancestors={}, scratch=into / "scratch")
+        Door(8, {}).look(fleet[0], into / "scratch")
 
 
 def admit(uploads: list[Upload], into: Path, failures: dict[str, str] | None = None) -> Intake:
@@ -388,10 +388,11 @@ def test_a_model_is_held_against_its_ancestor(
     ancestor = as_checkpoint(tmp_path / "ancestor")
     facts = {name: getattr(ancestor, name) for name in ("lineage", "parameters", "active_parameters")}
     upload = changed(made(tmp_path, checkpoint, "a"), **facts)
-    inspect(upload, embedding_bytes=8, ancestors={"tiny": ancestor}, scratch=tmp_path / "scratch")
+    door = Door(8, {"tiny": ancestor})
+    door.look(upload, tmp_path / "scratch")
     change(upload)
     with pytest.raises(ValueError, match="device a: ") as told:
-        inspect(upload, embedding_bytes=8, ancestors={"tiny": ancestor}, scratch=tmp_path / "scratch")
+        door.look(upload, tmp_path / "scratch")
     assert words in str(told.value)
     assert str(tmp_path) not in str(told.value)
 

@@ -29,7 +29,7 @@ from deepfusion.federation.inbox import Inbox, started
 from deepfusion.federation.messages import ORDER, PIECE, VERDICT, Order, Reply
 from deepfusion.federation.project import Project, node_keys
 from deepfusion.labels import METRICS, counted
-from deepfusion.phases import upload as door
+from deepfusion.phases.upload import Door
 from deepfusion.pipeline import Fleet, Received
 from deepfusion.steps import sent_by
 
@@ -356,14 +356,10 @@ def collector(net: Net, project: Project, recipe: Recipe, fleet: Fleet, say: Cal
     }
     ancestors = {one.name: one.ancestor for one in fleet.orders}
 
+    door = Door(recipe.device.embedding_bytes, ancestors, **sent_by(recipe.device))
+
     def check(upload: Upload) -> None:
-        door.inspect(
-            upload,
-            embedding_bytes=recipe.device.embedding_bytes,
-            ancestors=ancestors,
-            scratch=project.inbox / "unpacked",
-            **sent_by(recipe.device),
-        )
+        door.look(upload, project.inbox / "unpacked")
 
     most = {one.device: 4 * one.ancestor.parameters + BESIDE_WEIGHTS for one in fleet.orders}
     inbox = Inbox(project.inbox, project.keys, check, most)

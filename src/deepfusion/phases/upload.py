@@ -9,14 +9,14 @@ from __future__ import annotations
 import errno
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from statistics import median
 
 from deepfusion import adapters, checkpoints, codecs
 from deepfusion.artifacts import Checkpoint, Intake, Rejection, Upload, Work
 from deepfusion.config import Codec, LoRA, Sent
-from deepfusion.descendants import validate_descendant
+from deepfusion.descendants import Ancestor
 from deepfusion.encoders import decode
 from deepfusion.errors import one_line
 from deepfusion.progress import Ticker
@@ -63,13 +63,12 @@ def receive(
     arrivals = Counter(upload.device for upload in uploads)
     rejected = {device: f"device {device} never arrived: {failures[device]}" for device in sorted(failures)}
     accepted: dict[str, int] = {}
-    sent = Sent(lora=lora, codec=codec)
-    door = _Door(embedding_bytes, ancestors or {}, sent, own or {}, into / SCRATCH, {}, {})
+    door = Door(embedding_bytes, ancestors or {}, lora, codec, own or {})
     ticker = Ticker(into, len(uploads), "uploads")
     for upload in uploads:
         if upload.device not in rejected:
             try:
-                accepted[upload.device] = door.inspect(upload, arrivals[upload.device])
+                accepted[upload.device] = door.inspect(upload, into / SCRATCH, arrivals[upload.device])
             except (ValueError, OSError) as fault:
                 _refuse_ours(fault)
                 rejected[upload.device] = _reason(upload, fault, into / SCRATCH)
@@ -83,30 +82,6 @@ def receive(
         reasons = "; ".join(rejected.values()) or "no device sent anything"
         raise ValueError(f"not one upload was accepted: {reasons}")
     return Intake(folder=into, accepted=tuple(accepted), rejected=rejections, bytes=accepted).sealed()
-
-
-def inspect(
-    upload: Upload,
-    *,
-    embedding_bytes: int,
-    ancestors: Mapping[str, Checkpoint],
-    lora: LoRA | None = None,
-    codec: Codec | None = None,
-    own: Mapping[str, Sent] | None = None,
-    scratch: Path,
-) -> None:
-    """Look at one upload alone, as `receive` does; `scratch` is a folder for what is unpacked on the way.
-
-    Raises:
-        ValueError: what is wrong with it; names the device and no folder of this machine.
-        OSError: this machine has no room, or too many files open, to look at it.
-    """
-    try:
-        sent = Sent(lora=lora, codec=codec)
-        _Door(embedding_bytes, ancestors, sent, own or {}, scratch, {}, {}).inspect(upload, arrivals=1)
-    except (ValueError, OSError) as fault:
-        _refuse_ours(fault)
-        raise ValueError(_reason(upload, fault, scratch)) from None
 
 
 def materialise(
@@ -149,19 +124,42 @@ def upload_bytes(sent: Path, embedding: bytes) -> int:
 
 
 @dataclass(frozen=True)
-class _Door:
-    """What uploads are held against."""
+class Door:
+    """What uploads are held against; what follows from an ancestor alone is worked out once, for the first of its own.
+
+    Fields are as the arguments of `receive`.
+    """
 
     embedding_bytes: int
     ancestors: Mapping[str, Checkpoint]
-    sent: Sent  # what devices are to send
-    own: Mapping[str, Sent]  # device → what it is to send instead
-    scratch: Path
-    contents: dict[tuple[str, Sent], codecs.Contents]  # of packed uploads, by the ancestor's name, once they are known
-    distances: dict[str, dict[str, float]]  # ancestor → device → how far its model is from it, relative to it
+    lora: LoRA | None = None
+    codec: Codec | None = None
+    own: Mapping[str, Sent] = field(default_factory=dict[str, Sent])
+    known: dict[str, Ancestor] = field(
+        default_factory=dict[str, Ancestor], init=False
+    )  # by their names, once asked for
+    contents: dict[tuple[str, Sent], codecs.Contents] = field(
+        default_factory=dict[tuple[str, Sent], codecs.Contents], init=False
+    )
+    """Of packed uploads, by the ancestor's name."""
+    distances: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]], init=False)
+    """Ancestor → device → how far its model is from it, relative to it."""
 
-    def inspect(self, upload: Upload, arrivals: int) -> int:
-        """The bytes of a faultless upload.
+    def look(self, upload: Upload, scratch: Path) -> None:
+        """Look at one upload alone, as `receive` does; `scratch` is a folder for what is unpacked on the way.
+
+        Raises:
+            ValueError: what is wrong with it; names the device and no folder of this machine.
+            OSError: this machine has no room, or too many files open, to look at it.
+        """
+        try:
+            self.inspect(upload, scratch)
+        except (ValueError, OSError) as fault:
+            _refuse_ours(fault)
+            raise ValueError(_reason(upload, fault, scratch)) from None
+
+    def inspect(self, upload: Upload, scratch: Path, arrivals: int = 1) -> int:
+        """The bytes of a faultless upload, of `arrivals` under its name.
 
         Raises:
             ValueError: what is wrong with it.
@@ -181,12 +179,12 @@ class _Door:
                 raise ValueError(f"{path} is no part of a checkpoint")
             if path.suffix not in (".safetensors", ".zst") and path.stat().st_size > TEXT_BYTES:
                 raise ValueError(f"{path} has {path.stat().st_size} bytes, and may have {TEXT_BYTES}")
-        sent = self.own.get(upload.device, self.sent)
+        sent = self.own.get(upload.device, Sent(lora=self.lora, codec=self.codec))
         if upload.sends != ("packed" if sent.codec else "adapter" if sent.lora else "model"):
             asks = "device.upload asks" if sent.codec is None and upload.sends != "packed" else "device.codec asks"
             raise ValueError(f"it sends its {upload.sends} alone, which is not what {asks} for")
         if sent.codec is not None:
-            self._inspect_packed(upload, sent, sent.codec)
+            self._inspect_packed(upload, sent, sent.codec, scratch)
         elif sent.lora is not None:
             adapters.validate(upload.sent, self._ancestor(upload).folder, sent.lora)
             self._note(upload, adapters.change(upload.sent, sent.lora))
@@ -195,19 +193,22 @@ class _Door:
             if ancestor is None:
                 checkpoints.validate(upload.model)
             else:
-                validate_descendant(upload.model, ancestor.folder)
+                self._known(upload).validate(upload.model)
             if (found := checkpoints.open_config(upload.model).model_type) != upload.model_type:
                 raise ValueError(f"it declares a {upload.model_type} model but holds a {found} model")
             if ancestor is not None:
-                self._compare(upload, ancestor)
+                self._compare(upload)
         if size != upload.bytes:
             raise ValueError(f"it declares {upload.bytes} bytes but holds {size}")
         return size
 
-    def _compare(self, upload: Upload, ancestor: Checkpoint) -> None:
+    def _compare(self, upload: Upload) -> None:
         """How far a model is from what it was trained from."""
-        names = list(checkpoints.trained_shapes(ancestor.folder))  # a device may leave out the prefix of its own names
-        self._note(upload, *distance(*(checkpoints.named_as(names, one) for one in (upload.model, ancestor.folder))))
+        known = self._known(upload)
+        # A device may leave out the prefix of its own names.
+        self._note(
+            upload, *distance(*(checkpoints.named_as(known.shapes, one) for one in (upload.model, known.folder)))
+        )
 
     def _note(self, upload: Upload, changed: float, whole: float | None = None) -> None:
         """Note how far an upload is from its ancestor.
@@ -216,11 +217,17 @@ class _Door:
             ValueError: farther than training goes.
         """
         if whole is None:
-            whole = checkpoints.norm(self.ancestors[upload.ancestor].folder)
+            whole = self._known(upload).norm
         share = changed / whole if whole else changed
         if not share <= FARTHEST:
             raise ValueError(f"its weights are {share:.3g} times as far from its ancestor's as those are from zero")
         self.distances.setdefault(upload.ancestor, {})[upload.device] = share
+
+    def _known(self, upload: Upload) -> Ancestor:
+        """What follows from the ancestor of an upload, which has one here."""
+        if upload.ancestor not in self.known:
+            self.known[upload.ancestor] = Ancestor(self.ancestors[upload.ancestor].folder)
+        return self.known[upload.ancestor]
 
     def _ancestor(self, upload: Upload) -> Checkpoint:
         """What an adapter or packed upload starts from, which is ours: what the device says of it must be true."""
@@ -234,14 +241,14 @@ class _Door:
                 raise ValueError(f"it declares {fact} {said}, but {upload.ancestor} has {known}")
         return ancestor
 
-    def _inspect_packed(self, upload: Upload, sent: Sent, codec: Codec) -> None:
+    def _inspect_packed(self, upload: Upload, sent: Sent, codec: Codec, scratch: Path) -> None:
         ancestor = self._ancestor(upload)
         if upload.packing is None or upload.packing.codec != codec.label:
             said = "no codec" if upload.packing is None else f"codec {upload.packing.codec}"
             raise ValueError(f"it declares {said}, but device.codec is {codec.label}")
         if (key := (upload.ancestor, sent)) not in self.contents:
             self.contents[key] = codecs.Contents.of(ancestor.folder, codec, sent.lora)
-        found = codecs.check(upload.sent, self.contents[key], ancestor.folder, sent.lora, scratch=self.scratch)
+        found = codecs.check(upload.sent, self.contents[key], ancestor.folder, sent.lora, scratch=scratch)
         self._note(upload, found)
 
 
