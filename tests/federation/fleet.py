@@ -96,6 +96,10 @@ class Fleet:
         process.kill()
         process.wait()
 
+    def interrupt(self, name: str) -> None:
+        """Press Ctrl-C in the terminal of a process."""
+        os.killpg(self.running[name].pid, signal.SIGINT)
+
     def ended(self, name: str) -> bool:
         """Whether a process has come to its end by itself."""
         return self.running[name].poll() is not None

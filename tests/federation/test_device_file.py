@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from deepfusion.checkpoints import as_checkpoint
+from deepfusion.cli import app
 from deepfusion.config import DevicePhase, Recipe
 from deepfusion.errors import InputError
 from deepfusion.federation.device import Device, DeviceFile, without_paths
 from deepfusion.federation.messages import Order
 from deepfusion.federation.project import Project, init, node_keys
+from pico import pico
 from tiny import TREE
 
 ROW = {"question": "Who hears appeals?", "answer": "Judge Ann."}
@@ -53,6 +58,56 @@ def test_a_domain_of_the_source_stands_for_all_rows(file: Path) -> None:
     file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"text": text}))
     rows(file, {"id": "a", "domain": "law"}, {"id": "b"})
     assert {document.domain for document in DeviceFile.load(file).private()} == {"food"}
+
+
+def test_a_device_is_checked_where_it_is(file: Path, tmp_path: Path) -> None:
+    copy = pico("gpt2", tmp_path / "copy")
+    file.write_text(file.read_text() + f"ancestors: {{tiny: {copy}}}\n")
+    rows(file, {"id": "a", "domain": "law"}, {"id": "b"}, {"id": "c", "split": "test"})
+    size = len(DeviceFile.load(file).private()[0].text.encode())
+    lineage = as_checkpoint(copy).lineage
+    told = CliRunner().invoke(app, ["federation", "check", str(file), "--json"])
+    assert json.loads(told.stdout) == {
+        "name": "north", "rows": 2, "bytes": 2 * size, "domains": {"law": 1, "all": 1}, "ancestors": {"tiny": lineage},
+    }  # fmt: skip
+    said = CliRunner().invoke(app, ["federation", "check", str(file)]).output
+    assert said.splitlines() == [
+        f"north has its key and 2 rows of private text ({2 * size} bytes; law 1, all 1).",
+        f"tiny is {lineage}: the server's must be the same.",
+    ]
+
+
+def no_key(file: Path) -> None:
+    (file.parent / "node.key").unlink()
+
+
+def no_copy(file: Path) -> None:
+    file.write_text(file.read_text() + "ancestors: {tiny: /nowhere}\n")
+
+
+def an_empty_copy(file: Path) -> None:
+    (file.parent / "copy").mkdir()
+    file.write_text(file.read_text() + "ancestors: {tiny: copy}\n")
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (no_key, "node.key"),
+        (lambda file: (file.parent / "private.jsonl").unlink(), "private.jsonl does not exist"),
+        (lambda file: (file.parent / "private.jsonl").write_text('{"question": "Who?"}\n'), "line 1 has no 'answer'"),
+        (no_copy, "ancestors.tiny: /nowhere is not a folder"),
+        (an_empty_copy, "has no config.json"),
+    ],
+)
+def test_what_would_stop_a_device_is_told_before_it_connects(
+    harm: Callable[[Path], object], words: str, file: Path
+) -> None:
+    rows(file, {"id": "a"})
+    harm(file)
+    told = CliRunner().invoke(app, ["federation", "check", str(file)])
+    assert told.exit_code == 2
+    assert words in " ".join(told.output.split())
 
 
 def test_text_without_private_rows_is_told(file: Path) -> None:

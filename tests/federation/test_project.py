@@ -52,7 +52,7 @@ def test_the_walk_through_of_the_docs_is_what_is_printed(tmp_path: Path) -> None
     said = made(tmp_path / "clinic", "--set", "federation.devices=[north, south]", "--set", "federation.quorum=2")
     page = (DOCS / "federation.md").read_text(encoding="utf-8").replace(" \\\n       ", "")
     commands = [line.strip() for line in said.splitlines() if line.startswith("  ")]
-    assert len(commands) == 8
+    assert len(commands) == 10
     for command in commands:
         assert f"\n    {command.replace(str(tmp_path), '/fusion')}\n" in page, command
 

@@ -25,7 +25,7 @@ from deepfusion.federation.inbox import Inbox
 from deepfusion.federation.manifest import Manifest, digest, sign
 from deepfusion.federation.messages import Announcement, Order, Piece
 from deepfusion.federation.project import Project, init
-from deepfusion.federation.server import CHANGE_S, Collector, News, Standing, in_words, waited_for
+from deepfusion.federation.server import CHANGE_S, HINT, Collector, News, Standing, in_words, waited_for
 from federation.test_inbox import nothing_wrong, sent, stream
 from tiny import TREE
 
@@ -272,6 +272,29 @@ def test_a_device_never_connected_then_trains_sends_is_gone_and_accepted(project
     net.nodes, net.answer = here, whole
     collector.step(20)
     assert stands(21) == ("accepted", "never connected")
+
+
+def test_a_device_that_has_said_what_is_wrong_is_to_mend_until_it_is_asked_again(project: Project) -> None:
+    net = Net(lambda *_: messages.reply(None, None, "private.jsonl does not exist"), {}, [])
+    collector = collecting(net, project)
+    states: list[str] = []
+    for now in range(4):
+        collector.step(now)
+        states.append(collector.standing()["north"].state)
+    assert states == ["training", "to mend", "to mend", "training"]  # two seconds later
+    assert waited_for(collector.standing() | stood(north="to mend"), 9, quorum=False).endswith(
+        "; to mend: north; never connected: south"
+    )
+
+
+def test_what_may_be_wrong_with_a_device_that_never_connects_is_said_once() -> None:
+    said: list[str] = []
+    news = News(said.append)
+    for now in range(500):
+        news.tell(stood(north="never connected"), now, 1000, quorum=False)
+    assert [line for line in said if not line.startswith("waiting for")] == [HINT]
+    assert said.index(HINT) == 1
+    assert "flwr supernode list federation" in HINT
 
 
 def test_collecting_says_whom_it_waits_for(project: Project) -> None:

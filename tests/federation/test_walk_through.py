@@ -30,7 +30,7 @@ def test_the_printed_commands_are_enough(tmp_path: Path) -> None:
     settings = [word for setting in QUICK for word in ("--set", setting)]
     done = CliRunner().invoke(app, ["federation", "init", str(tmp_path / "clinic"), "--port", str(port), *settings])
     assert done.exit_code == 0, done.output
-    server, (enter, register, run, status), device = blocks(done.output)
+    server, (enter, wait, register, run, status), (*before, check, command) = blocks(done.output)
     for name in ("north", "south"):
         row = {"question": f"Who is {name}?", "answer": f"{name} is one of two devices of a walk-through."}
         rows = "".join(json.dumps(row | {"id": f"{name}-{number}"}) + "\n" for number in range(20))
@@ -43,25 +43,33 @@ def test_the_printed_commands_are_enough(tmp_path: Path) -> None:
             return fleet.call(["/bin/bash", "-c", "\n".join(("set -e", enter, *lines))], tmp_path, 600, **home)
 
         fleet.start("superlink", ["/bin/bash", "-c", "\n".join(server)], tmp_path, **home)
-        until(lambda: "startup complete" in fleet.log("superlink"), "the SuperLink listens")
-        typed(register)
+        typed(wait, register)  # at once, while the server is still starting
         said = typed(f"{run} --run-config deadline-s=1")  # nobody is there
         assert "waiting for 2 of 2 devices, " in said
         assert "until the deadline; never connected: north, south" in said
         assert "Traceback" not in said
         assert said.splitlines()[-1].startswith(
-            "deepfusion: error: 0 uploads are accepted, and federation.quorum is 2: run it again with"
+            "deepfusion: error: 0 uploads are accepted, and federation.quorum is 2: mend the devices"
         )
-        assert "finished:failed" in typed(f"{status} --format json")
+        assert "finished:failed" in typed(status)
+
+        fleet.start("stream", ["/bin/bash", "-c", f"{enter}\n{run}"], tmp_path, **home)
+        until(lambda: "waiting for 2 of 2 devices, " in fleet.log("stream"), "the run goes on")
+        fleet.interrupt("superlink")
+        until(lambda: fleet.ended("superlink"), "the server stops, though it is in the middle of a run", seconds=30)
+        fleet.start("superlink again", ["/bin/bash", "-c", "\n".join(server)], tmp_path, **home)
+        typed(wait)
 
         for name in ("north", "south"):
-            *before, command = device
+            there = tmp_path / "clinic" / "devices" / name
+            said = fleet.call(["/bin/bash", "-c", "\n".join(("set -e", *before, check))], there, 100, **home)
+            assert f"{name} has its key and 20 rows of private text" in said
             lines = "\n".join((*before, f"{command} --port {free_port()}"))
-            fleet.start(name, ["/bin/bash", "-c", lines], tmp_path / "clinic" / "devices" / name, **home)
+            fleet.start(name, ["/bin/bash", "-c", lines], there, **home)
         said = typed(f"{run} --run-config deadline-s=600")
         *_, found, where = [line for line in said.splitlines() if line.startswith("deepfusion: ")]
         assert found.startswith("deepfusion: done: token accuracy ")
         assert where.startswith("deepfusion: model ")
-        assert "finished:completed" in typed(f"{status} --format json")
+        assert "finished:completed" in typed(status)
     assert (tmp_path / "clinic" / "run" / "moe" / "config.json").is_file()
     assert not (tmp_path / ".flwr").exists()  # nothing was looked for, or left, elsewhere

@@ -13,6 +13,7 @@ from deepfusion.cli import options
 from deepfusion.cli.app import STDOUT, app, emit, guarded
 from deepfusion.cli.options import Accelerator, AsJson, Out, Overrides, RecipeName, Threads, Workers
 from deepfusion.config import Recipe, tree
+from deepfusion.labels import counted
 
 federation = typer.Typer(
     name="federation", no_args_is_help=True, rich_markup_mode="markdown",
@@ -62,15 +63,49 @@ def init(
         f"  {server}",
         "and in a second terminal, once:",
         there,
+        f"  until flwr supernode list {project.CONNECTION} > /dev/null 2>&1; do sleep 1; done  # the server is up",
         f'  for key in keys/*.pub; do flwr supernode register "$key" {project.CONNECTION}; done',
         f"  flwr run app {project.CONNECTION} --stream",
-        f"  flwr list {project.CONNECTION}",
+        f"  flwr list {project.CONNECTION} --format json",
         "",
-        "each device, in its own folder, once device.yaml names its text:",
+        f"each device, in its own folder, once {project.DEVICE} names its text:",
         f"  {project.HOME}",
+        f"  deepfusion federation check {project.DEVICE}",
         f"  {device}",
+        "",
+        "A second device on the same machine needs --port 9095 at the end of its command.",
     ]
     STDOUT.print("\n".join(lines), markup=False, soft_wrap=True)
+
+
+@federation.command()
+@guarded
+def check(
+    file: Annotated[Path, typer.Argument(metavar="DEVICE.YAML", help="A device's own file.")] = Path("device.yaml"),
+    as_json: AsJson = False,
+) -> None:
+    """On a device: see that its key, its text and its copies of public models are there and can be used.
+
+    Reads what a training would read, and sends nothing. Whether a copy is the server's own is for the server to say.
+
+    Example: `deepfusion federation check devices/north/device.yaml`
+    """
+    try:
+        from deepfusion.federation.device import DeviceFile
+    except ModuleNotFoundError as error:
+        raise ValueError(f"a federation needs {error.name}: pip install 'deepfusion-moe[federation]'") from None
+    device = DeviceFile.load(file)
+    found = device.check()
+    if as_json:
+        emit(found)
+        return
+    STDOUT.print(
+        f"{found['name']} has its key and {counted(found['rows'], 'row')} of private text ({found['bytes']:,} bytes; "
+        f"{', '.join(f'{domain} {rows}' for domain, rows in found['domains'].items())}).",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
+    for name, lineage in found["ancestors"].items():
+        STDOUT.print(f"{name} is {lineage}: the server's must be the same.", markup=False, soft_wrap=True)
 
 
 @federation.command()

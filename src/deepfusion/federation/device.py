@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -18,21 +19,22 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from pydantic import Field, ValidationError, model_validator
 
+from deepfusion import checkpoints
 from deepfusion.artifacts import Checkpoint, Corpus, DeviceInfo, Upload
 from deepfusion.config import Runtime, Section, TextSource, tree
 from deepfusion.config.faults import explain
 from deepfusion.data.corpora import PROMPT, read_private
 from deepfusion.data.documents import Document, read_jsonl, write_jsonl
 from deepfusion.engine import Engine
-from deepfusion.errors import InputError
+from deepfusion.errors import InputError, reading_inputs
 from deepfusion.federation import messages
 from deepfusion.federation.manifest import Manifest, digest, private_key, sign
 from deepfusion.federation.messages import Announcement, Order, Piece
+from deepfusion.federation.project import DEVICE
 from deepfusion.files import write_whole
 from deepfusion.steps import STEPS
 from deepfusion.store import Store
 
-FILE = "device.yaml"
 app = ClientApp()
 
 
@@ -103,6 +105,39 @@ class DeviceFile(Section):
             raise InputError(f"{self.documents} does not exist: set `documents` to the file of this device's text")
         return list(read_jsonl(Path(self.documents), Document))
 
+    def check(self) -> dict[str, Any]:
+        """See that all that it names is there and can be used.
+
+        Returns:
+            `name`, `rows` and `bytes` of its text, rows by `domains`, and the lineage of each of its `ancestors`.
+
+        Raises:
+            InputError: names what is missing or of no use.
+        """
+        private_key(Path(self.key))
+        documents = self.private()
+        if not documents:
+            raise InputError(f"{self.name} has no private text: rows with another `split` than private are left out")
+        lineages: dict[str, str] = {}
+        for name, copy in self.ancestors.items():
+            folder = _folder(name, copy)
+            with reading_inputs():
+                checkpoints.validate(folder)
+                lineages[name] = checkpoints.as_checkpoint(folder).lineage
+        return {
+            "name": self.name,
+            "rows": len(documents),
+            "bytes": sum(len(document.text.encode()) for document in documents),
+            "domains": dict(Counter(document.domain for document in documents)),
+            "ancestors": lineages,
+        }
+
+
+def _folder(name: str, copy: str) -> Path:
+    if not Path(copy).is_dir():
+        raise InputError(f"ancestors.{name}: {copy} is not a folder")
+    return Path(copy)
+
 
 class Device:
     """A device that carries out orders."""
@@ -170,9 +205,10 @@ class Device:
     def _ancestor(self, engine: Engine, order: Order, corpus: Corpus) -> Checkpoint:
         arguments: dict[str, Any]
         if (copy := self.file.ancestors.get(order.ancestor)) is not None:
-            if not Path(copy).is_dir():
-                raise InputError(f"ancestors.{order.ancestor}: {copy} is not a folder")
-            phase, arguments = "take", {"unkeyed": {"path": copy}, "also_keyed_by": [copy, order.lineage]}
+            phase, arguments = (
+                "take",
+                {"unkeyed": {"path": str(_folder(order.ancestor, copy))}, "also_keyed_by": [copy, order.lineage]},
+            )
         elif order.made is not None:
             phase, arguments = "make", {"made": order.made, "corpus": corpus, "seed": order.made_seed}
         else:
@@ -210,7 +246,7 @@ class Device:
 
 def _device(context: Context) -> Device:
     """The device of this process, by its file: `--node-config 'file="device.yaml"'`."""
-    return Device(DeviceFile.load(Path(str(context.node_config.get("file", FILE)))))
+    return Device(DeviceFile.load(Path(str(context.node_config.get("file", DEVICE)))))
 
 
 def _answer(message: Message, context: Context, act: Any) -> Message:

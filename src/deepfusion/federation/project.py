@@ -22,6 +22,7 @@ from deepfusion.elsewhere import refuse
 from deepfusion.errors import InputError
 from deepfusion.federation.manifest import public_key
 
+DEVICE = "device.yaml"  # what a device knows of itself
 CONNECTION = "federation"  # the name of the server in Flower's config.toml
 HERE = ("127.0.0.1", "localhost")  # by which the server's own processes know it
 HOME = 'export FLWR_HOME="$PWD"'  # where Flower looks for config.toml, and unpacks apps; for each terminal anew
@@ -89,7 +90,7 @@ def init(root: Path, recipe: Recipe, tree: dict[str, object], hosts: Iterable[st
         _secret(folder / "node.key", _openssh(private))
         (project.keys / f"{name}.pub").write_bytes(public + f" {name}\n".encode())
         (folder / "ca.crt").write_bytes(authority)
-        (folder / "device.yaml").write_text(_template("device.yaml").replace("NAME", name), encoding="utf-8")
+        (folder / DEVICE).write_text(_template(DEVICE).replace("NAME", name), encoding="utf-8")
     certificate = json.dumps(str((root / "server" / "ca.crt").absolute()))  # Flower wants it absolute
     (root / "config.toml").write_text(
         f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'

@@ -84,13 +84,20 @@ class Talk:
 
 @dataclass(frozen=True)
 class Standing:
-    """How far a device is, and of its bytes, if some have come, the share that is here."""
+    """How far a device is, and of its bytes, if some have come, the share that is here.
 
-    state: Literal["never connected", "gone", "training", "sending", "given up", "accepted", "rejected"]
+    *To mend* is who has said what was wrong, and is soon asked again.
+    """
+
+    state: Literal["never connected", "gone", "to mend", "training", "sending", "given up", "accepted", "rejected"]
     share: str = ""
 
 
-WAITED_FOR = ("sending", "training", "gone", "never connected")
+HINT = (  # the server's app cannot see which keys are registered
+    "of a device that has never connected: does its flower-supernode run, and is its key registered? "
+    "flwr supernode list federation shows those that are"
+)
+WAITED_FOR = ("sending", "training", "to mend", "gone", "never connected")
 
 
 def waited_for(standing: Mapping[str, Standing], left: float, *, quorum: bool, most: int = NAMED) -> str:
@@ -119,7 +126,7 @@ class News:
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
         self.states: tuple[str, ...] = ()
-        self.at, self.silence = 0.0, SILENCE_S
+        self.at, self.silence, self.hinted = 0.0, SILENCE_S, False
 
     def tell(self, standing: Mapping[str, Standing], now: float, end: float, *, quorum: bool) -> None:
         """Say it, if it is time to."""
@@ -128,6 +135,9 @@ class News:
             return
         # A deadline may be days away: what is said again is said ever less often.
         self.silence = min(2 * self.silence, MOST_SILENCE_S) if states == self.states else SILENCE_S
+        if states == self.states and "never connected" in states and not self.hinted:
+            self.hinted = True
+            self.say(HINT)
         self.states, self.at = states, now
         self.say(waited_for(standing, end - now, quorum=quorum))
 
@@ -225,7 +235,9 @@ class Collector:
         share = f"{wanted.offset / wanted.size:.0%}" if wanted and wanted.size else ""
         if not talk.here:
             return Standing("gone" if talk.seen else "never connected", share)
-        return Standing("sending", share) if wanted else Standing("training")
+        if wanted:
+            return Standing("sending", share)
+        return Standing("to mend" if talk.troubles and talk.sent is None else "training")
 
     def received(self) -> Received:
         """What there is for the method, and why the others are left out."""
@@ -407,8 +419,9 @@ def fuse(grid: Grid, context: Context) -> None:
         print_line(f"{device} is left out: {reason}")
     if len(received.uploads) < recipe.federation.quorum:
         raise InputError(
-            f"{len(received.uploads)} uploads are accepted, and federation.quorum is {recipe.federation.quorum}: run "
-            "it again with --run-config deadline-s=3600 to wait for more, or lower the quorum"
+            f"{len(received.uploads)} uploads are accepted, and federation.quorum is {recipe.federation.quorum}: mend "
+            "the devices that are left out, and run it again (after the deadline with --run-config deadline-s=3600), "
+            "or lower the quorum"
         )
     report = pipeline.run(recipe, project.run, runtime, watch, received=received)
     print_line(f"done: {in_words(report.headline)}")

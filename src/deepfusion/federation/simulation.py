@@ -50,7 +50,7 @@ from deepfusion.config import Recipe, Runtime
 from deepfusion.engine import StepError
 from deepfusion.errors import InputError
 from deepfusion.federation import device, server
-from deepfusion.federation.project import HERE, Project, init, node_keys
+from deepfusion.federation.project import DEVICE, HERE, Project, init, node_keys
 from deepfusion.phases.data import build_corpus
 from deepfusion.store import link
 from deepfusion.worker import preload
@@ -111,7 +111,7 @@ def enrol(root: Path, recipe: Recipe, fields: dict[str, Any], runtime: Runtime) 
         copy = os.path.relpath(order.ancestor.folder, folder)
         known = {"name": order.device, "documents": "documents.jsonl", "ancestors": {order.name: copy}}
         text = yaml.safe_dump(known | {"threads": runtime.threads}, sort_keys=False)
-        (folder / device.FILE).write_text(text, encoding="utf-8")
+        (folder / DEVICE).write_text(text, encoding="utf-8")
     return project
 
 
