@@ -28,6 +28,7 @@ from deepfusion.data.documents import Document, read_jsonl, write_jsonl
 from deepfusion.engine import Engine
 from deepfusion.errors import InputError, reading_inputs
 from deepfusion.federation import messages
+from deepfusion.federation.lines import Lines, print_line
 from deepfusion.federation.manifest import Manifest, digest, private_key, sign
 from deepfusion.federation.messages import Announcement, Order, Piece
 from deepfusion.federation.project import DEVICE
@@ -193,7 +194,7 @@ class Device:
             raise InputError(f"this device is {self.file.name}, and the order is for {order.device}: check `name`")
         corpus = self._corpus(texts)
         runtime = Runtime(workers=0, threads=self.file.threads)
-        with Engine(Store(self.store / "steps"), runtime) as engine:
+        with Lines() as watch, Engine(Store(self.store / "steps"), runtime, watch) as engine:
             ancestor = self._ancestor(engine, order, corpus)
             function, gives, version = STEPS["device"]
             assert gives is Upload
@@ -257,7 +258,7 @@ def _answer(message: Message, context: Context, act: Any) -> Message:
         announcement, piece = act(device)
         content = messages.reply(announcement, piece)
     except Exception as error:  # whatever it is, the server is to know, and this device's log has all of it
-        print(f"deepfusion: {type(error).__name__}: {error}", flush=True)
+        print_line(f"{type(error).__name__}: {error}")
         line = " ".join(str(error).split()) if isinstance(error, ValueError) else type(error).__name__
         content = messages.reply(None, None, without_paths(line, _folders(device)))
     return Message(content, reply_to=message)
@@ -313,7 +314,7 @@ def verdict(message: Message, context: Context) -> Message:
         state, reason = messages.read_verdict(message)
         device.store.mkdir(parents=True, exist_ok=True)
         write_whole(device.store / "verdict.json", json.dumps({"state": state, "reason": reason}, indent=1))
-        print(f"deepfusion: {device.file.name} is {state}{': ' * bool(reason)}{reason}", flush=True)
+        print_line(f"{device.file.name} is {state}{': ' * bool(reason)}{reason}")
         return None, None
 
     return _answer(message, context, act)

@@ -22,10 +22,10 @@ from deepfusion import pipeline
 from deepfusion.artifacts import Upload
 from deepfusion.config import Federation, Recipe, Runtime
 from deepfusion.display import duration
-from deepfusion.engine import Watcher
 from deepfusion.errors import InputError, one_line
 from deepfusion.federation import messages
 from deepfusion.federation.inbox import Inbox, started
+from deepfusion.federation.lines import Lines, print_line
 from deepfusion.federation.messages import ORDER, PIECE, VERDICT, Order, Reply
 from deepfusion.federation.project import Project, node_keys
 from deepfusion.labels import METRICS, counted
@@ -406,11 +406,14 @@ def fuse(grid: Grid, context: Context) -> None:
     project = Project(Path(str(context.run_config.get("folder", "."))).absolute())
     recipe = Recipe.load(project.recipe)
     runtime = Runtime(workers=int(context.run_config.get("workers", 1)))
-    watch = Lines()
+    with Lines() as watch:
+        _fuse(grid, project, recipe, runtime, float(context.run_config.get("deadline-s", 0)), watch)
+
+
+def _fuse(grid: Grid, project: Project, recipe: Recipe, runtime: Runtime, again: float, watch: Lines) -> None:
     fleet = pipeline.prepare(recipe, project.run, runtime, watch)
     collecting = collector(grid, project, recipe, fleet, print_line)
     assert recipe.federation is not None
-    again = float(context.run_config.get("deadline-s", 0))
     begun = time.time() if again else started(project.inbox, time.time())
     collecting.collect(begun + (again or recipe.federation.deadline_s))
     collecting.tell(recipe.federation.patience_s)
@@ -434,28 +437,3 @@ def in_words(headline: Mapping[str, float]) -> str:
     if (base := headline.get("base_token_accuracy")) is not None:
         found.append(f"the base's token accuracy {base:.3f}")
     return ", ".join(found) or "the test asks nothing that could be measured"
-
-
-def print_line(line: str) -> None:
-    """Say a line where `flwr run --stream` shows it."""
-    print(f"deepfusion: {line}", flush=True)
-
-
-class Lines(Watcher):
-    """Shows steps as lines."""
-
-    def started(self, name: str, folder: Path) -> None:
-        """Nothing to say yet."""
-
-    def finished(self, name: str, seconds: float, cached: bool) -> None:
-        """A step is done."""
-        if not cached:
-            print_line(f"done {name} {seconds:.1f} s")
-
-    def failed(self, name: str, reason: str) -> None:
-        """A step is given up."""
-        print_line(f"failed {name}: {reason}")
-
-    def message(self, text: str) -> None:
-        """Something worth knowing."""
-        print_line(text)

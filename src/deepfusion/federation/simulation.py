@@ -131,7 +131,7 @@ class _Client(ClientApp):
     def __call__(self, message: Message, context: Context) -> Message:
         _prepared()
         name = self.devices[int(context.node_config[PARTITION_ID_KEY])]
-        context.node_config["file"] = str(self.project.device(name) / device.FILE)
+        context.node_config["file"] = str(self.project.device(name) / DEVICE)
         return device.app(message, context)
 
 
