@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,13 @@ def test_a_device_is_checked_where_it_is(file: Path, tmp_path: Path) -> None:
         f"north has its key and 2 rows of private text ({2 * size} bytes; law 1, all 1).",
         f"tiny is {lineage}: the server's must be the same.",
     ]
+
+
+def test_a_process_that_sends_a_piece_loads_no_library_that_trains() -> None:
+    """Each message is carried out by a process of its own, and these take seconds to load."""
+    code = "import sys, deepfusion.federation.device; print(*{'torch', 'transformers', 'peft'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def no_key(file: Path) -> None:

@@ -68,7 +68,7 @@ def init(
         f"  flwr run app {project.CONNECTION} --stream",
         f"  flwr list {project.CONNECTION} --format json",
         "",
-        f"each device, in its own folder, once {project.DEVICE} names its text:",
+        f"each device, in its own folder, once its rows are in private.jsonl, or {project.DEVICE} says where they are:",
         f"  {project.HOME}",
         f"  deepfusion federation check {project.DEVICE}",
         f"  {device}",

@@ -19,7 +19,6 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from pydantic import Field, ValidationError, model_validator
 
-from deepfusion import checkpoints
 from deepfusion.artifacts import Checkpoint, Corpus, DeviceInfo, Upload
 from deepfusion.config import Runtime, Section, TextSource, tree
 from deepfusion.config.faults import explain
@@ -122,6 +121,8 @@ class DeviceFile(Section):
         lineages: dict[str, str] = {}
         for name, copy in self.ancestors.items():
             folder = _folder(name, copy)
+            from deepfusion import checkpoints  # transformers, which a process that sends a piece can do without
+
             with reading_inputs():
                 checkpoints.validate(folder)
                 lineages[name] = checkpoints.as_checkpoint(folder).lineage
