@@ -96,6 +96,9 @@ class Artifact(BaseModel):
         return cls(folder=folder, digest=digest or folder_digest(folder, fields), **fields)
 
 
+# ── text, and models on disk ──────────────────────────────────────────────────────────────────────────────────────────
+
+
 class DeviceInfo(BaseModel):
     """One device as the partition made it."""
 
@@ -160,6 +163,9 @@ class Round(Checkpoint):
     down_bytes: int  # sent to all devices in all rounds
     up_bytes: int  # sent by all devices in all rounds
     heldout: tuple[tuple[int, float], ...] = ()  # of the best round: each round's number and loss on held-out text
+
+
+# ── what devices send ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Packing(BaseModel):
@@ -242,6 +248,9 @@ class Intake(Artifact):
     accepted: tuple[str, ...]  # device ids, in order
     rejected: tuple[Rejection, ...] = ()
     bytes: dict[str, int] = {}  # device → bytes uploaded (Eq. 5)
+
+
+# ── what the server makes of it ───────────────────────────────────────────────────────────────────────────────────────
 
 
 class Clusters(Artifact):
@@ -350,6 +359,9 @@ class Teaching(Artifact):
     def tokenizers(self) -> Path:
         """A folder with the teacher's tokenizer, named by its fingerprint."""
         return self.folder / "tokenizers"
+
+
+# ── what is found ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Scores(Artifact):

@@ -123,16 +123,17 @@ class Ancestor:
             raise ValueError(f"{path} has {size} bytes, and cannot need more than {most} for what its ancestor's says")
 
     def _check_words(self, names: Sequence[str], folder: Path) -> None:
-        """Hold the files of a tokenizer against those of their names."""
+        """Hold the files of a tokenizer, none of which is as it is saved again, against those of their names."""
+        own = {name for name in names if (self.folder / name).is_file()}
+        changed = [name for name in names if name not in own or not _same(folder / name, self.folder / name)]
+        if not changed:
+            return
         with self._saved_again() as again:
-            for name in names:
+            for name in changed:
                 path = folder / name
-                known = [one / name for one in (self.folder, again) if (one / name).is_file()]
-                if file_digest(path) in map(file_digest, known):
-                    continue
                 if path.suffix != ".json":
                     raise ValueError(f"{path} is not its ancestor's")
-                _check_file(path, [read_object(one) for one in known])
+                _check_file(path, [read_object(one / name) for one in (self.folder, again) if (one / name).is_file()])
 
     def _check_headers(self, folder: Path) -> None:
         """Of many files, each may have a header that fits in memory, and all of them not."""
@@ -156,6 +157,10 @@ def _beside_weights(path: Path, folder: Path) -> str:
     name = path.relative_to(folder).as_posix()
     weights = name == INDEX or (path.suffix == ".safetensors" and "/" not in name)
     return "" if path.is_dir() or weights else name
+
+
+def _same(one: Path, other: Path) -> bool:
+    return file_digest(one) == file_digest(other)
 
 
 def _check_file(path: Path, known: Sequence[Mapping[str, Any]]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,10 +43,8 @@ def init(
 
     Example: `deepfusion federation init clinic --host fusion.example.org --set federation.devices='[north, south]'`
     """
-    try:
+    with _extra("federation"):
         from deepfusion.federation import project
-    except ModuleNotFoundError as error:
-        raise ValueError(f"a federation needs {error.name}: pip install 'deepfusion-moe[federation]'") from None
     chosen, fields = _read(recipe, overrides or ())
     names = hosts or ["127.0.0.1", "localhost"]
     made = project.init(folder, chosen, fields, names, port)
@@ -90,10 +89,8 @@ def check(
 
     Example: `deepfusion federation check devices/north/device.yaml`
     """
-    try:
+    with _extra("federation"):
         from deepfusion.federation.device import DeviceFile
-    except ModuleNotFoundError as error:
-        raise ValueError(f"a federation needs {error.name}: pip install 'deepfusion-moe[federation]'") from None
     device = DeviceFile.load(file)
     found = device.check()
     if as_json:
@@ -125,14 +122,21 @@ def simulate(
 
     Example: `deepfusion federation simulate federation --devices 16 --out runs/sixteen`
     """
-    try:
+    with _extra("simulation"):
         from deepfusion.federation import simulation
-    except ModuleNotFoundError as error:
-        raise ValueError(f"a simulation needs {error.name}: pip install 'deepfusion-moe[simulation]'") from None
     number = [] if devices is None else [f"data.partition.devices={devices}"]
     chosen, fields = _read(recipe, [*(overrides or ()), *number])
     runtime = options.runtime(workers, threads, Accelerator.cpu)
     simulation.simulate(folder or Path("runs") / chosen.name, chosen, fields, runtime)
+
+
+@contextmanager
+def _extra(name: str) -> Generator[None]:
+    """Import what only an extra brings, or say which."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(f"a {name} needs {error.name}: pip install 'deepfusion-moe[{name}]'") from None
 
 
 def _read(recipe: str, overrides: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:

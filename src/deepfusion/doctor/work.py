@@ -60,6 +60,9 @@ def worked_out(of: Extent) -> list[Task]:
     return [*_before(of), *_devices(of), *_transfer(of), *_students(of), *_beside(of)]
 
 
+# ── the run itself ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def _before(of: Extent) -> Iterator[Task]:
     size = sum(path.stat().st_size for path in of.text.corpus.folder.rglob("*") if path.is_file())
     yield Task("public" if of.text.elsewhere else "data", 1, disk=size)
@@ -225,6 +228,9 @@ def _assembly(of: Extent, phase: str, base: Shape, moe: Shape, *, own: bool = Tr
     )  # fmt: skip
 
 
+# ── what it is compared with ──────────────────────────────────────────────────────────────────────────────────────────
+
+
 def _beside(of: Extent) -> Iterator[Task]:
     recipe = of.recipe
     base, moe, distill, wanted = of.base.shape, of.moe, recipe.distill, recipe.evaluate.references
@@ -314,6 +320,9 @@ def _federated(of: Extent, name: str) -> Iterator[Task]:
     yield _assembly(of, "btx_merge", base, of.moe, own=False)
     held = of.held(only_public=recipe.tune.text == "public")
     yield _training(of, name, of.moe, recipe.tune.training, of.left(1, base, of.moe), held[0], own=False)
+
+
+# ── looking at all of them ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _evaluations(of: Extent, base: Shape, moe: Shape) -> Iterator[Task]:

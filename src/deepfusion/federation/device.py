@@ -118,21 +118,21 @@ class DeviceFile(Section):
         documents = self.private()
         if not documents:
             raise InputError(f"{self.name} has no private text: rows with another `split` than private are left out")
-        lineages: dict[str, str] = {}
-        for name, copy in self.ancestors.items():
-            folder = _folder(name, copy)
-            from deepfusion import checkpoints  # transformers, which a process that sends a piece can do without
-
-            with reading_inputs():
-                checkpoints.validate(folder)
-                lineages[name] = checkpoints.as_checkpoint(folder).lineage
         return {
             "name": self.name,
             "rows": len(documents),
             "bytes": sum(len(document.text.encode()) for document in documents),
             "domains": dict(Counter(document.domain for document in documents)),
-            "ancestors": lineages,
+            "ancestors": {name: _lineage(_folder(name, copy)) for name, copy in self.ancestors.items()},
         }
+
+
+def _lineage(folder: Path) -> str:
+    from deepfusion import checkpoints  # transformers, which a process that sends a piece can do without
+
+    with reading_inputs():
+        checkpoints.validate(folder)
+        return checkpoints.as_checkpoint(folder).lineage
 
 
 def _folder(name: str, copy: str) -> Path:
@@ -207,10 +207,8 @@ class Device:
     def _ancestor(self, engine: Engine, order: Order, corpus: Corpus) -> Checkpoint:
         arguments: dict[str, Any]
         if (copy := self.file.ancestors.get(order.ancestor)) is not None:
-            phase, arguments = (
-                "take",
-                {"unkeyed": {"path": str(_folder(order.ancestor, copy))}, "also_keyed_by": [copy, order.lineage]},
-            )
+            path = str(_folder(order.ancestor, copy))
+            phase, arguments = "take", {"unkeyed": {"path": path}, "also_keyed_by": [copy, order.lineage]}
         elif order.made is not None:
             phase, arguments = "make", {"made": order.made, "corpus": corpus, "seed": order.made_seed}
         else:

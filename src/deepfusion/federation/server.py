@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
@@ -21,24 +21,24 @@ from flwr.supercore.exit import add_exit_handler
 from deepfusion import pipeline
 from deepfusion.artifacts import Upload
 from deepfusion.config import Federation, Recipe, Runtime
-from deepfusion.display import duration
 from deepfusion.errors import InputError, one_line
 from deepfusion.federation import messages
 from deepfusion.federation.inbox import Inbox, started
 from deepfusion.federation.lines import Lines, print_line
 from deepfusion.federation.messages import ORDER, PIECE, VERDICT, Order, Reply
+from deepfusion.federation.news import WAITED_FOR, News, Standing
 from deepfusion.federation.project import Project, node_keys
-from deepfusion.labels import METRICS, counted
+from deepfusion.labels import METRICS
 from deepfusion.phases.upload import Door
 from deepfusion.pipeline import Fleet, Received
 from deepfusion.steps import sent_by
 
 BESIDE_WEIGHTS = 2**26  # bytes of an upload beside its weights: config, tokenizer, headers
 POLL_S = 1.0
-SILENCE_S, MOST_SILENCE_S = 60.0, 3600.0  # between two lines that say the same, at least and at most
-CHANGE_S = 5.0  # between two lines that do not: of a thousand devices one has always just come or gone
-NAMED = 8  # devices, of those that a line has the same to say of
 app = ServerApp()
+
+
+# ── collecting ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Net(Protocol):
@@ -80,66 +80,6 @@ class Talk:
     here: bool = False
     seen: bool = False  # since this server began to collect
     given_up: bool = False  # for this time: whoever mends the device and collects again is to find the door open
-
-
-@dataclass(frozen=True)
-class Standing:
-    """How far a device is, and of its bytes, if some have come, the share that is here.
-
-    *To mend* is who has said what was wrong, and is soon asked again.
-    """
-
-    state: Literal["never connected", "gone", "to mend", "training", "sending", "given up", "accepted", "rejected"]
-    share: str = ""
-
-
-HINT = (  # the server's app cannot see which keys are registered
-    "of a device that has never connected: does its flower-supernode run, and is its key registered? "
-    "flwr supernode list federation shows those that are"
-)
-WAITED_FOR = ("sending", "training", "to mend", "gone", "never connected")
-
-
-def waited_for(standing: Mapping[str, Standing], left: float, *, quorum: bool, most: int = NAMED) -> str:
-    """One line on the devices that a server waits for, the time that it still does, and why no longer.
-
-    Args:
-        standing: device → how far it is.
-        left: seconds until it goes on without those that have not sent.
-        quorum: there are enough uploads, and the seconds are those that others are still given.
-        most: devices of one state that are named; the others are counted.
-    """
-    named: list[str] = []
-    for state in WAITED_FOR:
-        those = [f"{d} {one.share}".strip() for d, one in standing.items() if one.state == state]
-        others = f" and {counted(len(those) - most, 'other')}" * (len(those) > most)
-        named += [f"{state}: {', '.join(those[:most])}{others}"] if those else []
-    waited = sum(one.state in WAITED_FOR for one in standing.values())
-    time_left = duration(max(0.0, left))
-    until = f"{time_left} more at most, for there is a quorum" if quorum else f"{time_left} until the deadline"
-    return f"waiting for {waited} of {counted(len(standing), 'device')}, {until}; {'; '.join(named)}"
-
-
-class News:
-    """Says whom a server waits for: at the beginning, when it changes, and now and then while nothing does."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
-        self.states: tuple[str, ...] = ()
-        self.at, self.silence, self.hinted = 0.0, SILENCE_S, False
-
-    def tell(self, standing: Mapping[str, Standing], now: float, end: float, *, quorum: bool) -> None:
-        """Say it, if it is time to."""
-        states = (str(quorum), *(one.state for one in standing.values()))
-        if self.states and now - self.at < (self.silence if states == self.states else CHANGE_S):
-            return
-        # A deadline may be days away: what is said again is said ever less often.
-        self.silence = min(2 * self.silence, MOST_SILENCE_S) if states == self.states else SILENCE_S
-        if states == self.states and "never connected" in states and not self.hinted:
-            self.hinted = True
-            self.say(HINT)
-        self.states, self.at = states, now
-        self.say(waited_for(standing, end - now, quorum=quorum))
 
 
 class Collector:
@@ -344,6 +284,9 @@ class Collector:
         return bool(names)
 
 
+# ── the app ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def collector(net: Net, project: Project, recipe: Recipe, fleet: Fleet, say: Callable[[str], None]) -> Collector:
     """A collector for a project's recipe, with everything that it needs."""
     config = recipe.federation
@@ -406,29 +349,26 @@ def fuse(grid: Grid, context: Context) -> None:
     project = Project(Path(str(context.run_config.get("folder", "."))).absolute())
     recipe = Recipe.load(project.recipe)
     runtime = Runtime(workers=int(context.run_config.get("workers", 1)))
+    again = float(context.run_config.get("deadline-s", 0))
     with Lines() as watch:
-        _fuse(grid, project, recipe, runtime, float(context.run_config.get("deadline-s", 0)), watch)
-
-
-def _fuse(grid: Grid, project: Project, recipe: Recipe, runtime: Runtime, again: float, watch: Lines) -> None:
-    fleet = pipeline.prepare(recipe, project.run, runtime, watch)
-    collecting = collector(grid, project, recipe, fleet, print_line)
-    assert recipe.federation is not None
-    begun = time.time() if again else started(project.inbox, time.time())
-    collecting.collect(begun + (again or recipe.federation.deadline_s))
-    collecting.tell(recipe.federation.patience_s)
-    received = collecting.received()
-    for device, reason in received.failures.items():
-        print_line(f"{device} is left out: {reason}")
-    if len(received.uploads) < recipe.federation.quorum:
-        raise InputError(
-            f"{len(received.uploads)} uploads are accepted, and federation.quorum is {recipe.federation.quorum}: mend "
-            "the devices that are left out, and run it again (after the deadline with --run-config deadline-s=3600), "
-            "or lower the quorum"
-        )
-    report = pipeline.run(recipe, project.run, runtime, watch, received=received)
-    print_line(f"done: {in_words(report.headline)}")
-    print_line(f"model {project.run / 'moe'}, report {project.run / 'report.html'}; deepfusion show {project.run}")
+        fleet = pipeline.prepare(recipe, project.run, runtime, watch)
+        collecting = collector(grid, project, recipe, fleet, print_line)
+        assert recipe.federation is not None
+        begun = time.time() if again else started(project.inbox, time.time())
+        collecting.collect(begun + (again or recipe.federation.deadline_s))
+        collecting.tell(recipe.federation.patience_s)
+        received = collecting.received()
+        for device, reason in received.failures.items():
+            print_line(f"{device} is left out: {reason}")
+        if len(received.uploads) < recipe.federation.quorum:
+            raise InputError(
+                f"{len(received.uploads)} uploads are accepted, and federation.quorum is {recipe.federation.quorum}: "
+                "mend the devices that are left out, and run it again (after the deadline with --run-config "
+                "deadline-s=3600), or lower the quorum"
+            )
+        report = pipeline.run(recipe, project.run, runtime, watch, received=received)
+        print_line(f"done: {in_words(report.headline)}")
+        print_line(f"model {project.run / 'moe'}, report {project.run / 'report.html'}; deepfusion show {project.run}")
 
 
 def in_words(headline: Mapping[str, float]) -> str:

@@ -91,16 +91,18 @@ def write_cluster(
         model, tokenizer = _open(writer.folder, dtype, runtime)
         signals: dict[str, Signal] = {}
         for first, batch in _batches(to_answer[number], share[number], config.batch):
-            sampled = batch[0] is None
+            kind = "sampled" if batch[0] is None else "answered"
             # A stream of numbers for every batch, of which each text has its own: where a model has changed in little,
             # only the texts in which a token falls otherwise change, and the luck of all others stays.
-            stream = np.random.SeedSequence([seed, cluster, number, sampled, first]).generate_state(1, np.uint64)
+            stream = np.random.SeedSequence([seed, cluster, number, kind == "sampled", first]).generate_state(
+                1, np.uint64
+            )
             written = write(
                 model,
                 tokenizer,
                 ["" if question is None else question.prompt for question in batch],
                 max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature if sampled else config.answer_temperature,
+                temperature=config.temperature if kind == "sampled" else config.answer_temperature,
                 top_k=config.top_k,
                 generator=torch.Generator(device=model.device).manual_seed(int(stream[0] >> np.uint64(1))),
             )
@@ -108,7 +110,6 @@ def write_cluster(
             work += Work(tokens=tokens, forward=float(tokens * writer.active_parameters))
             for place, (question, one) in enumerate(zip(batch, written, strict=True), first):
                 fault = _fault(one, question, texts, config)
-                kind = "sampled" if question is None else "answered"
                 if fault:
                     counts[f"dropped {kind}: {fault}"] += 1
                     continue

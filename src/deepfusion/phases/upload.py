@@ -135,9 +135,8 @@ class Door:
     lora: LoRA | None = None
     codec: Codec | None = None
     own: Mapping[str, Sent] = field(default_factory=dict[str, Sent])
-    known: dict[str, Ancestor] = field(
-        default_factory=dict[str, Ancestor], init=False
-    )  # by their names, once asked for
+    known: dict[str, Ancestor] = field(default_factory=dict[str, Ancestor], init=False)
+    """By their names, once asked for."""
     contents: dict[tuple[str, Sent], codecs.Contents] = field(
         default_factory=dict[tuple[str, Sent], codecs.Contents], init=False
     )
