@@ -147,6 +147,17 @@ def test_an_ancestors_tokenizer_is_opened_for_the_first_descendant_alone(
     assert opened.count(tmp_path / "trained") == 1
 
 
+def test_an_ancestors_own_files_are_known_without_saving_it_again(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=1))  # not as it is saved
+    ancestor, copy = Ancestor(folder), shutil.copytree(folder, tmp_path / "copied")
+    ancestor.validate(copy)
+    monkeypatch.setattr("deepfusion.descendants.save_tokenizer", None)
+    ancestor.validate(copy)
+
+
 def test_a_tokenizer_that_lacks_a_file_is_opened(tmp_path: Path, folder: Path) -> None:
     save_model(open_model(folder), open_tokenizer(folder), tmp_path / "trained")
     (tmp_path / "trained" / "tokenizer.json").unlink()
