@@ -115,17 +115,24 @@ def test_a_run_too_can_be_taught_by_the_likeliest(tmp_path: Path) -> None:
 
 
 def test_baselines_send_what_the_run_sends(tmp_path: Path) -> None:
-    """With a codec, what devices make of a whole model is packed too; parts of an MoE are not."""
+    """With a codec, what devices make of a whole model is packed too; parts of an MoE are not.
+
+    And of the steps that a device takes at least, a round has its share.
+    """
     out = tmp_path / "run"
-    pipeline.run(
-        recipe(
-            "evaluate.references=[fedavg_dense, fedjets]",
-            "baselines={fedavg_dense: {rounds: 2}, fedjets: {rounds: 1}}",
-            "device.codec={numbers: int8, delta: true}", "device.epochs=2", "transfer.kinds=[public]", *BARE[:1],
-        ),
-        out,
-        HERE,
+    chosen = recipe(
+        "evaluate.references=[fedavg_dense, fedjets]", "baselines={fedavg_dense: {rounds: 2}, fedjets: {rounds: 1}}",
+        "device.codec={numbers: int8, delta: true}", "device.epochs=0.1", "device.min_steps=4",
+        "transfer.kinds=[public]", *BARE[:1],
     )  # fmt: skip
+    pipeline.run(chosen, out, HERE)
+    size = chosen.device.training.rows * chosen.device.training.context
+    for phase, item, steps in (
+        ("device", "device-00", 4),
+        ("fedavg_device", "round-2-device-00", 2),
+        ("fedjets_device", "round-1-device-00", 4),
+    ):
+        assert steps * size <= step_record(out, phase, item)["work"]["tokens"] < (steps + 1) * size
     found = json.loads((out / "results.json").read_text())["bytes"]["baselines"]
     packed = [step_record(out, "fedavg_device", f"round-1-device-0{n}") for n in range(4)]
     assert {record["packing"]["codec"] for record in packed} == {"int8 delta"}

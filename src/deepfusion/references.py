@@ -166,7 +166,9 @@ def _all_weights(recipe: Recipe) -> DevicePhase:
     own = device.training.learning_rate if device.method == "full" else recipe.distill.training.learning_rate
     training = device.training.model_copy(update={"learning_rate": config.learning_rate or own})
     epochs = config.epochs or device.epochs / config.rounds
-    return DevicePhase(epochs=epochs, replay=device.replay, training=training)
+    return DevicePhase(
+        epochs=device.epochs, min_steps=device.min_steps, replay=device.replay, training=training
+    ).sitting(epochs)
 
 
 # ── devices that all train the base ───────────────────────────────────────────────────────────────────────────────────
@@ -177,7 +179,7 @@ def _fedavg(go: Go, given: Given, beside: Beside) -> Future[Any]:
     model: Future[Any] = given.base
     config = recipe.baselines.fedavg_dense
     epochs = config.epochs or recipe.device.epochs / config.rounds
-    device = recipe.device.model_copy(update={"epochs": epochs})
+    device = recipe.device.sitting(epochs)
     rounds: list[Future[Round]] = []
     for number in range(1, config.rounds + 1):
         sent = [

@@ -51,6 +51,20 @@ def test_a_device_learns_its_own_text_and_a_share_of_what_is_public(tmp_path: Pa
         assert task.flops == pytest.approx(6 * task.tokens * start.shape.active)
 
 
+def test_a_device_with_little_text_goes_through_it_more_often(tmp_path: Path) -> None:
+    """… in a baseline's rounds too, of which each has its share of the steps."""
+    plain, more = (
+        by_phase(worked_out(extent(tmp_path / name, "device={epochs: 4, training: {rows: 1, context: 64}}",
+                                   "baselines.fedavg_dense={rounds: 2}", "baselines.fedjets={rounds: 4}",
+                                   "evaluate.references=[fedavg_dense, fedjets, btx]", *settings)))
+        for name, settings in (("plain", ()), ("more", ("device.min_steps=1000",)))
+    )  # fmt: skip
+    assert {task.tokens for task in more["device"]} == {64_000}
+    assert all(task.tokens < 64_000 for task in plain["device"])
+    tokens = {phase: more[f"{phase}_device"][0].tokens for phase in ("fedavg", "fedjets", "btx")}
+    assert tokens == {"fedavg": 32_000, "fedjets": 16_000, "btx": 64_000}
+
+
 def test_an_adapter_is_all_that_a_device_changes(tmp_path: Path) -> None:
     full = by_phase(worked_out(extent(tmp_path / "a")))
     adapted = by_phase(worked_out(extent(tmp_path / "b", "device.method=lora")))

@@ -47,6 +47,27 @@ def test_an_upload_is_a_model_and_an_embedding(text: Corpus, ancestor: Checkpoin
     }
 
 
+def test_a_device_with_little_text_takes_so_many_steps_at_least(
+    text: Corpus, ancestor: Checkpoint, tmp_path: Path
+) -> None:
+    """Passes decide where they make more steps than that."""
+    taken: dict[int | None, int] = {}
+    for least in (None, 1, 50):
+        upload = train(text, ancestor, tmp_path / str(least), CONFIG.model_copy(update={"min_steps": least}))
+        taken[least] = upload.losses[-1][0]
+    assert taken[None] == taken[1] < 50 <= taken[50]
+
+
+def test_a_sitting_has_its_share_of_the_steps() -> None:
+    config = CONFIG.model_copy(update={"epochs": 30.0, "min_steps": 100})
+    size = FAST.rows * FAST.context
+    assert (config.tokens(size), config.tokens(10 * size)) == (100 * size, 300 * size)
+    third = config.sitting(10)
+    assert (third.epochs, third.min_steps) == (10, 34)  # rounded up
+    assert (third.tokens(size), third.tokens(10 * size)) == (34 * size, 100 * size)
+    assert CONFIG.sitting(1).min_steps is None
+
+
 def test_nothing_of_the_text_is_sent(text: Corpus, ancestor: Checkpoint, tmp_path: Path) -> None:
     upload = train(text, ancestor, tmp_path)
     sent = [path for path in upload.folder.rglob("*") if path.is_file() and ".trainer" not in path.parts]

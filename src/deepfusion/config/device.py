@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, Self
 
@@ -94,6 +95,9 @@ class DevicePhase(Section):
     """How that is packed; none: sent as it is, with config and tokenizer."""
     epochs: float = Field(default=30, gt=0)
     """Passes over the device's private text."""
+    min_steps: int | None = Field(default=None, ge=1, exclude_if=lambda steps: steps is None)
+    """Optimiser steps that a device takes at least: one with little text goes through it more often than `epochs` says.
+    none: what it has is passed over `epochs` times, however few steps that makes."""
     replay: float = Field(default=0.25, ge=0)
     """Public tokens mixed in per private token, so that a device does not forget how to write."""
     training: Training = Training()
@@ -120,6 +124,15 @@ class DevicePhase(Section):
             except ValidationError as fault:
                 raise ValueError(f"own.{device}: {explain(fault, type(self))}") from None
         return self
+
+    def tokens(self, text: float) -> float:
+        """How many tokens a training is long on a text of so many, replay included."""
+        return max(self.epochs * text, (self.min_steps or 0) * float(self.training.rows * self.training.context))
+
+    def sitting(self, epochs: float) -> DevicePhase:
+        """One of several trainings in a row, of so many epochs: of `min_steps` it has as great a share."""
+        steps = None if self.min_steps is None else math.ceil(self.min_steps * epochs / self.epochs)
+        return self.model_copy(update={"epochs": epochs, "min_steps": steps})
 
     def of(self, device: str) -> DevicePhase:
         """How one device trains and sends: this, with its own way in it."""

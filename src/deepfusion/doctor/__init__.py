@@ -161,7 +161,7 @@ def _trainings(tasks: Sequence[Task]) -> Iterator[Check]:
             continue
         steps = task.tokens / (training.rows * training.context)
         if steps < FEW_STEPS:
-            what = "device.epochs" if task.phase == "device" else "distill.budget_tokens"
+            what = "device.min_steps" if task.phase == "device" else "distill.budget_tokens"
             yield Check(
                 "training", task.phase, "warning",
                 f"takes {counted(round(steps), 'step')} of {training.rows} rows of {training.context} tokens: too few "

@@ -96,7 +96,7 @@ def _taught(of: Extent) -> Iterator[Task]:
         device = of.recipe.device.of(name)
         own, public = of.known(start).tokens(of.text.private[name]), known[start.key]
         replay = min(public, own * device.replay)
-        tokens = device.epochs * (own + replay)
+        tokens = device.tokens(own + replay)
         task = _training(of, "device", start.shape, device.training, tokens, lessons=own + public)
         yield _sent(task, start, device)
 
@@ -276,9 +276,9 @@ def _fedjets(of: Extent) -> Iterator[Task]:
     config, device, devices = recipe.baselines.fedjets, recipe.device, len(of.text.private)
     whole = shape_of(of.base.config, recipe.cluster.k, recipe.assemble).config
     part = Shape.of(pruned(whole, config.experts))
-    epochs = config.epochs or device.epochs / config.rounds
+    round_of = device.sitting(config.epochs or device.epochs / config.rounds)
     own, public = known.tokens(of.text.everyones) / devices, known.tokens(of.text.public)
-    tokens = epochs * (own + min(public, own * device.replay))
+    tokens = _passed(of, round_of, public) / devices
     size = moe.parameters * size_of(of.sent)
     yield Task("fedjets_start", 1, shape=base, disk=size, own=False)
     task = _training(
@@ -301,7 +301,7 @@ def _federated(of: Extent, name: str) -> Iterator[Task]:
     rounds = recipe.baselines.fedavg_dense.rounds if name == "fedavg_dense" else 1
     epochs = (name == "fedavg_dense" and recipe.baselines.fedavg_dense.epochs) or device.epochs / rounds
     own, public = known.tokens(of.text.everyones) / devices, known.tokens(of.text.public)
-    tokens = epochs * (own + min(public, own * device.replay))
+    tokens = _passed(of, device.sitting(epochs), public) / devices
     short = name.removesuffix("_dense")
     task = _training(
         of, f"{short}_device", base, device.training, tokens, own + public, steps=rounds * devices, own=False
@@ -323,6 +323,12 @@ def _federated(of: Extent, name: str) -> Iterator[Task]:
 
 
 # ── looking at all of them ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _passed(of: Extent, device: DevicePhase, public: float) -> float:
+    """Tokens of the base that all devices together train on in one sitting."""
+    held = (of.known(of.base).tokens(of.text.private[name]) for name in of.text.private)
+    return sum(device.tokens(own + min(public, own * device.replay)) for own in held)
 
 
 def _evaluations(of: Extent, base: Shape, moe: Shape) -> Iterator[Task]:

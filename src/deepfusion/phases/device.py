@@ -114,7 +114,7 @@ class DeviceText:
 
     lessons: list[Lesson]  # its own, and public ones
     own_tokens: int
-    tokens: float  # of all epochs
+    tokens: float  # of the whole training
 
     def schedule(self, training: Training, *, packs: bool, seed: int, sitting: int) -> Schedule:
         """Its batches in one of several trainings in a row, each of which goes on where the last one ended."""
@@ -141,7 +141,7 @@ def device_text(
     public = lessons(read_jsonl(corpus.public, Document), tokenizer, config.training, context)
     own_tokens = sum(map(len, own))
     replay = _sample(public, own_tokens * config.replay, seed)
-    return DeviceText(own + replay, own_tokens, config.epochs * (own_tokens + sum(map(len, replay))))
+    return DeviceText(own + replay, own_tokens, config.tokens(own_tokens + sum(map(len, replay))))
 
 
 def _work(tokens: int, active: int, adapter: int) -> Work:
