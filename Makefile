@@ -65,8 +65,8 @@ bench: .venv/runtime.stamp
 	$(QUIET_LIBRARIES) $(BIN)/python benchmarks/seeds.py paper_mode --seeds 3 4 5 --report benchmarks/paper_mode.md
 
 bench-tables: .venv/runtime.stamp
-	$(QUIET_LIBRARIES) $(BIN)/deepfusion compare tables_medical --out runs/tables-medical
-	$(QUIET_LIBRARIES) $(BIN)/deepfusion compare tables_finance --out runs/tables-finance
+	$(QUIET_LIBRARIES) $(BIN)/deepfusion compare tables_medical --jobs 3 --workers 1 --out runs/tables-medical
+	$(QUIET_LIBRARIES) $(BIN)/deepfusion compare tables_finance --jobs 3 --workers 1 --out runs/tables-finance
 
 clean:
 	rm -rf .venv site build dist .pytest_cache .ruff_cache .hypothesis
