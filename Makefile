@@ -15,7 +15,7 @@ help:
 	@echo "make fuzz       look for uploads and messages that the intake does not withstand: SECONDS=900 of the processor each"
 	@echo "make docs       the documentation site, into site/"
 	@echo "make bench      the benchmarks, into benchmarks/"
-	@echo "make bench-tables  the paper's tables, small, into runs/tables-*: an hour or two on two cores"
+	@echo "make bench-tables  the paper's tables, small, into runs/tables-*: some fifty minutes on two cores"
 	@echo "make clean      remove what the above made, runs/ excepted"
 
 # What running needs. torch goes first: the rest then finds it in place instead of resolving it along.
