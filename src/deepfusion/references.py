@@ -165,10 +165,8 @@ def _all_weights(recipe: Recipe) -> DevicePhase:
     config, device = recipe.baselines.fedjets, recipe.device
     own = device.training.learning_rate if device.method == "full" else recipe.distill.training.learning_rate
     training = device.training.model_copy(update={"learning_rate": config.learning_rate or own})
-    epochs = config.epochs or device.epochs / config.rounds
-    return DevicePhase(
-        epochs=device.epochs, min_steps=device.min_steps, replay=device.replay, training=training
-    ).sitting(epochs)
+    whole = DevicePhase(epochs=device.epochs, min_steps=device.min_steps, replay=device.replay, training=training)
+    return whole.sitting(config.rounds, config.epochs)
 
 
 # ── devices that all train the base ───────────────────────────────────────────────────────────────────────────────────
@@ -178,8 +176,7 @@ def _fedavg(go: Go, given: Given, beside: Beside) -> Future[Any]:
     recipe = given.recipe
     model: Future[Any] = given.base
     config = recipe.baselines.fedavg_dense
-    epochs = config.epochs or recipe.device.epochs / config.rounds
-    device = recipe.device.sitting(epochs)
+    device = recipe.device.sitting(config.rounds, config.epochs)
     rounds: list[Future[Round]] = []
     for number in range(1, config.rounds + 1):
         sent = [

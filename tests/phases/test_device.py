@@ -62,10 +62,11 @@ def test_a_sitting_has_its_share_of_the_steps() -> None:
     config = CONFIG.model_copy(update={"epochs": 30.0, "min_steps": 100})
     size = FAST.rows * FAST.context
     assert (config.tokens(size), config.tokens(10 * size)) == (100 * size, 300 * size)
-    third = config.sitting(10)
+    third = config.sitting(3)
     assert (third.epochs, third.min_steps) == (10, 34)  # rounded up
+    assert config.sitting(8, 10) == third  # of which eight are more in all
     assert (third.tokens(size), third.tokens(10 * size)) == (34 * size, 100 * size)
-    assert CONFIG.sitting(1).min_steps is None
+    assert CONFIG.sitting(4, 1).min_steps is None
 
 
 def test_nothing_of_the_text_is_sent(text: Corpus, ancestor: Checkpoint, tmp_path: Path) -> None:

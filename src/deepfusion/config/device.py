@@ -129,8 +129,12 @@ class DevicePhase(Section):
         """How many tokens a training is long on a text of so many, replay included."""
         return max(self.epochs * text, (self.min_steps or 0) * float(self.training.rows * self.training.context))
 
-    def sitting(self, epochs: float) -> DevicePhase:
-        """One of several trainings in a row, of so many epochs: of `min_steps` it has as great a share."""
+    def sitting(self, rounds: int, epochs: float | None = None) -> DevicePhase:
+        """One of so many trainings in a row, of `epochs` each; none: of as many in all as this.
+
+        `min_steps` goes with them: half of the epochs, half of the steps.
+        """
+        epochs = epochs or self.epochs / rounds
         steps = None if self.min_steps is None else math.ceil(self.min_steps * epochs / self.epochs)
         return self.model_copy(update={"epochs": epochs, "min_steps": steps})
 

@@ -95,8 +95,7 @@ def _taught(of: Extent) -> Iterator[Task]:
     for name, start in of.by_device().items():
         device = of.recipe.device.of(name)
         own, public = of.known(start).tokens(of.text.private[name]), known[start.key]
-        replay = min(public, own * device.replay)
-        tokens = device.tokens(own + replay)
+        tokens = _passed(device, own, public)
         task = _training(of, "device", start.shape, device.training, tokens, lessons=own + public)
         yield _sent(task, start, device)
 
@@ -276,9 +275,8 @@ def _fedjets(of: Extent) -> Iterator[Task]:
     config, device, devices = recipe.baselines.fedjets, recipe.device, len(of.text.private)
     whole = shape_of(of.base.config, recipe.cluster.k, recipe.assemble).config
     part = Shape.of(pruned(whole, config.experts))
-    round_of = device.sitting(config.epochs or device.epochs / config.rounds)
     own, public = known.tokens(of.text.everyones) / devices, known.tokens(of.text.public)
-    tokens = _passed(of, round_of, public) / devices
+    tokens = _sitting(of, device.sitting(config.rounds, config.epochs))
     size = moe.parameters * size_of(of.sent)
     yield Task("fedjets_start", 1, shape=base, disk=size, own=False)
     task = _training(
@@ -299,9 +297,9 @@ def _federated(of: Extent, name: str) -> Iterator[Task]:
     recipe, base, known = of.recipe, of.base.shape, of.known(of.base)
     device, devices = recipe.device, len(of.text.private)
     rounds = recipe.baselines.fedavg_dense.rounds if name == "fedavg_dense" else 1
-    epochs = (name == "fedavg_dense" and recipe.baselines.fedavg_dense.epochs) or device.epochs / rounds
+    epochs = recipe.baselines.fedavg_dense.epochs if name == "fedavg_dense" else None
     own, public = known.tokens(of.text.everyones) / devices, known.tokens(of.text.public)
-    tokens = _passed(of, device.sitting(epochs), public) / devices
+    tokens = _sitting(of, device.sitting(rounds, epochs))
     short = name.removesuffix("_dense")
     task = _training(
         of, f"{short}_device", base, device.training, tokens, own + public, steps=rounds * devices, own=False
@@ -322,13 +320,14 @@ def _federated(of: Extent, name: str) -> Iterator[Task]:
     yield _training(of, name, of.moe, recipe.tune.training, of.left(1, base, of.moe), held[0], own=False)
 
 
+def _sitting(of: Extent, device: DevicePhase) -> float:
+    """Tokens of the base that a device trains on in one sitting, in the mean."""
+    known, private = of.known(of.base), of.text.private
+    public = known.tokens(of.text.public)
+    return sum(_passed(device, known.tokens(text), public) for text in private.values()) / len(private)
+
+
 # ── looking at all of them ────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _passed(of: Extent, device: DevicePhase, public: float) -> float:
-    """Tokens of the base that all devices together train on in one sitting."""
-    held = (of.known(of.base).tokens(of.text.private[name]) for name in of.text.private)
-    return sum(device.tokens(own + min(public, own * device.replay)) for own in held)
 
 
 def _evaluations(of: Extent, base: Shape, moe: Shape) -> Iterator[Task]:
@@ -403,6 +402,11 @@ def _training(
         training=training, lessons=lessons, taught=taught, kept=of.recipe.transfer.top_k,
         disk=shape.parameters * size_of(training.dtype), own=own,
     )  # fmt: skip
+
+
+def _passed(device: DevicePhase, own: float, public: float) -> float:
+    """Tokens that a device trains on: its own, and public ones mixed in, as long as there are any."""
+    return device.tokens(own + min(public, own * device.replay))
 
 
 def _sent(task: Task, start: Start, device: DevicePhase) -> Task:
